@@ -1,0 +1,56 @@
+"""Errors that are the user's to fix, and the checks that raise them.
+
+Every constructor checks what it is given with these functions, so that the message always has the same three
+parts: the value, what is allowed, and the fix. The command lines print such a message as one sentence and leave
+with a non-zero exit code; nothing else in the package catches them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something that the user asked for cannot be done; the message says what, what is allowed and the fix."""
+
+
+def suggest(value: object, allowed: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` when `value` is close to one of `allowed`, otherwise an empty string."""
+    close = difflib.get_close_matches(str(value), list(allowed), n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
+    """Raise `UserError` unless `value` is one of the strings in `allowed`."""
+    names = list(allowed)
+    if value not in names:
+        raise UserError(f"{name}={value!r} is not one of {', '.join(names)}{suggest(value, names)}")
+
+
+def check_number(
+    name: str,
+    value: float,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    below: float = math.inf,
+    at_most: float = math.inf,
+) -> None:
+    """Raise `UserError` unless `value` is a finite number with above < value < below, at_least <= value <= at_most."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{name}={value!r} is not a number")
+    inside = above < value < below and at_least <= value <= at_most
+    if not (math.isfinite(value) and inside):
+        bounds = [
+            text
+            for text, bound in (
+                (f"above {above:g}", above),
+                (f"at least {at_least:g}", at_least),
+                (f"below {below:g}", below),
+                (f"at most {at_most:g}", at_most),
+            )
+            if math.isfinite(bound)
+        ]
+        raise UserError(f"{name}={value!r} is out of range: it must be {' and '.join(bounds) or 'finite'}")
