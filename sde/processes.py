@@ -159,45 +159,40 @@ class SDE(ABC):
         )
 
 
-class _LinearBeta(SDE):
-    """What VP and sub-VP share: beta(t) = beta_min + (t / T) (beta_max - beta_min) and alpha = exp(-B / 2)."""
+@dataclass(frozen=True)
+class LinearBeta:
+    """The rate beta(t) = beta_min + (t / T) (beta_max - beta_min) of VP and sub-VP, and its integral B(t)."""
 
     beta_min: float
     beta_max: float
+    T: float
 
     def __post_init__(self) -> None:
         check_number("beta_min", self.beta_min, at_least=0)
         check_number("beta_max", self.beta_max, above=self.beta_min)
-        self._check_times()
-
-    def beta(self, t: Time) -> Tensor:
-        """The rate beta(t)."""
-        return self.beta_min + (self.beta_max - self.beta_min) / self.T * as_tensor(t)
-
-    def integrated_beta(self, t: Time) -> Tensor:
-        """B(t), the integral of beta from 0 to t."""
-        t = as_tensor(t)
-        return t * (self.beta_min + 0.5 * (self.beta_max - self.beta_min) / self.T * t)
-
-    def _t_of_integrated_beta(self, b: Tensor) -> Tensor:
-        slope = (self.beta_max - self.beta_min) / self.T
-        return 2 * b / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * b))
 
     @property
-    def prior_std(self) -> float:
-        """1: the limit of the standard deviation of x_t for data of unit variance, as the paper has it."""
-        return 1.0
+    def slope(self) -> float:
+        """d beta / dt."""
+        return (self.beta_max - self.beta_min) / self.T
 
-    def log_alpha(self, t: Time) -> Tensor:
-        return -0.5 * self.integrated_beta(t)
+    def rate(self, t: Time) -> Tensor:
+        """beta(t)."""
+        return self.beta_min + self.slope * as_tensor(t)
 
-    def f(self, t: Time) -> Tensor:
-        return -0.5 * self.beta(t)
+    def integral(self, t: Time) -> Tensor:
+        """B(t), the integral of beta from 0 to t."""
+        t = as_tensor(t)
+        return t * (self.beta_min + 0.5 * self.slope * t)
+
+    def t_of_integral(self, b: Tensor) -> Tensor:
+        """The time at which the integral has the value `b`."""
+        return 2 * b / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * self.slope * b))
 
 
 @register("vp")
 @dataclass(frozen=True)
-class VP(_LinearBeta):
+class VP(SDE):
     """Variance-preserving SDE dx = -beta/2 x dt + sqrt(beta) dw (arXiv 2011.13456, equation 11): DDPM's limit.
 
     alpha = exp(-B/2), sigma^2 = 1 - exp(-B), with B the integral of beta(t) = beta_min + (t/T) (beta_max - beta_min).
@@ -209,20 +204,40 @@ class VP(_LinearBeta):
     t_min: float = 1e-5
     t_min_sampling: float = 1e-3
 
+    def __post_init__(self) -> None:
+        self._check_times()
+        _ = self.beta
+
+    @property
+    def beta(self) -> LinearBeta:
+        """The rate beta and its integral."""
+        return LinearBeta(self.beta_min, self.beta_max, self.T)
+
+    @property
+    def prior_std(self) -> float:
+        """1: the limit of the standard deviation of x_t for data of unit variance, as the paper has it."""
+        return 1.0
+
+    def log_alpha(self, t: Time) -> Tensor:
+        return -0.5 * self.beta.integral(t)
+
+    def f(self, t: Time) -> Tensor:
+        return -0.5 * self.beta.rate(t)
+
     def sigma(self, t: Time) -> Tensor:
-        return torch.sqrt(-torch.expm1(-self.integrated_beta(t)))
+        return torch.sqrt(-torch.expm1(-self.beta.integral(t)))
 
     def g(self, t: Time) -> Tensor:
-        return torch.sqrt(self.beta(t))
+        return torch.sqrt(self.beta.rate(t))
 
     def t_of_log_snr(self, log_snr: Time) -> Tensor:
-        return self._t_of_integrated_beta(F.softplus(-as_tensor(log_snr)))
+        return self.beta.t_of_integral(F.softplus(-as_tensor(log_snr)))
 
     def discretize(self, t: float, n: int) -> Discretization:
         """DDPM's chain (arXiv 2006.11239): beta_i = beta(t_i) T / n at the chain time t_i = i T / (n - 1) below t."""
         if n < 2:
             raise UserError(f"steps={n} is too few for DDPM's chain: take at least 2")
-        beta = float(self.beta(math.floor(t / self.T * (n - 1)) / (n - 1) * self.T)) * self.T / n
+        beta = float(self.beta.rate(math.floor(t / self.T * (n - 1)) / (n - 1) * self.T)) * self.T / n
         return Discretization(
             decay=math.sqrt(1 - beta) if beta <= 1 else math.nan,
             spread=math.sqrt(beta),
@@ -232,7 +247,7 @@ class VP(_LinearBeta):
 
 @register("subvp")
 @dataclass(frozen=True)
-class SubVP(_LinearBeta):
+class SubVP(SDE):
     """Sub-VP SDE dx = -beta/2 x dt + sqrt(beta (1 - exp(-2B))) dw (arXiv 2011.13456, equation 13).
 
     alpha = exp(-B/2), sigma = 1 - exp(-B): the variance is below that of VP at every t.
@@ -244,15 +259,35 @@ class SubVP(_LinearBeta):
     t_min: float = 1e-5
     t_min_sampling: float = 1e-3
 
+    def __post_init__(self) -> None:
+        self._check_times()
+        _ = self.beta
+
+    @property
+    def beta(self) -> LinearBeta:
+        """The rate beta and its integral."""
+        return LinearBeta(self.beta_min, self.beta_max, self.T)
+
+    @property
+    def prior_std(self) -> float:
+        """1: the limit of the standard deviation of x_t for data of unit variance, as the paper has it."""
+        return 1.0
+
+    def log_alpha(self, t: Time) -> Tensor:
+        return -0.5 * self.beta.integral(t)
+
+    def f(self, t: Time) -> Tensor:
+        return -0.5 * self.beta.rate(t)
+
     def sigma(self, t: Time) -> Tensor:
-        return -torch.expm1(-self.integrated_beta(t))
+        return -torch.expm1(-self.beta.integral(t))
 
     def g(self, t: Time) -> Tensor:
-        return torch.sqrt(-self.beta(t) * torch.expm1(-2 * self.integrated_beta(t)))
+        return torch.sqrt(-self.beta.rate(t) * torch.expm1(-2 * self.beta.integral(t)))
 
     def t_of_log_snr(self, log_snr: Time) -> Tensor:
         # sigma / alpha = 2 sinh(B / 2)
-        return self._t_of_integrated_beta(2 * torch.asinh(0.5 * torch.exp(-0.5 * as_tensor(log_snr))))
+        return self.beta.t_of_integral(2 * torch.asinh(0.5 * torch.exp(-0.5 * as_tensor(log_snr))))
 
 
 @register("ve")
@@ -285,13 +320,13 @@ class VE(SDE):
         return self.sigma_max
 
     def log_alpha(self, t: Time) -> Tensor:
-        return torch.zeros_like(as_tensor(t))
+        return 0 * as_tensor(t)
 
     def sigma(self, t: Time) -> Tensor:
         return self.sigma_min * torch.exp(self._rate * as_tensor(t))
 
     def f(self, t: Time) -> Tensor:
-        return torch.zeros_like(as_tensor(t))
+        return 0 * as_tensor(t)
 
     def g(self, t: Time) -> Tensor:
         return math.sqrt(2 * self._rate) * self.sigma(t)
@@ -315,7 +350,7 @@ class VE(SDE):
 class Cosine(SDE):
     """Variance-preserving process on the cosine schedule (arXiv 2102.09672, equation 17).
 
-    alpha = cos(phi(t)) / cos(phi(0)), phi(t) = pi/2 (t + s) / (1 + s), sigma^2 = 1 - alpha^2. alpha(1) = 0 exactly, where
+    alpha = cos(phi(t)) / cos(phi(0)), phi(t) = pi/2 (t + s) / (1 + s), sigma^2 = 1 - alpha^2. alpha(1) = 0, where
     f and g are infinite, so T is below 1: the default leaves a signal-to-noise ratio of 2e-6.
 
     Args:
@@ -395,13 +430,13 @@ class EDM(SDE):
         self._check_times()
 
     def log_alpha(self, t: Time) -> Tensor:
-        return torch.zeros_like(as_tensor(t))
+        return 0 * as_tensor(t)
 
     def sigma(self, t: Time) -> Tensor:
         return as_tensor(t).clone()
 
     def f(self, t: Time) -> Tensor:
-        return torch.zeros_like(as_tensor(t))
+        return 0 * as_tensor(t)
 
     def g(self, t: Time) -> Tensor:
         return torch.sqrt(2 * as_tensor(t))

@@ -1,0 +1,165 @@
+r"""What a solver is, and the one loop that all stepping solvers share.
+
+A solver walks a time grid t_0 = T > t_1 > ... > t_n from noise to data. A stepping solver writes two methods:
+
+    init(process, times, x) -> State     whatever depends on the grid alone, computed once: `State.plan`
+    step(process, x, t, s, state, noise) the state at s < t, from the state at t
+
+and declares its order. Solvers that choose their own steps override `solve`. To add one: a file in this folder with
+`@register("name")` on the class, its import in `sde/solvers/__init__.py`, and `conf/solver/name.yaml`; the tests of
+order, law and batch-invariance pick it up by themselves.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sde.errors import UserError, check_choice
+from sde.randomness import Noise
+from sde.registry import Registry
+from sde.reverse import ReverseProcess
+
+SOLVERS: Registry[Solver] = Registry("solver")
+register = SOLVERS.register
+
+FINAL = ("none", "mean", "tweedie")
+
+Callback = Callable[[float, float, Tensor | None], None]
+"""Called as (share of the way done, time reached, state there or None when the solver has none to show)."""
+
+
+@dataclass
+class State:
+    """What a stepping solver carries along the grid.
+
+    Attributes:
+        plan: one entry per step, whatever the solver computed of it beforehand.
+        index: number of the step, from 0.
+        quiet: this is the last step and its noise is to be left out (`final="mean"`).
+        history: for multistep solvers.
+    """
+
+    plan: Sequence[Any] = ()
+    index: int = 0
+    quiet: bool = False
+    history: list[Any] = field(default_factory=list)
+
+    @property
+    def now(self) -> Any:
+        """The plan of this step."""
+        return self.plan[self.index]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Where a solver arrived.
+
+    Attributes:
+        x: the sample (B, ...).
+        nfe: evaluations of the denoiser on the batch, counted by the process.
+        times: the grid, or the two ends for a solver that chose its own steps.
+    """
+
+    x: Tensor
+    nfe: int
+    times: tuple[float, ...]
+
+
+class Solver(ABC):
+    """A way from noise to data. Leaves are frozen dataclasses of their options.
+
+    Attributes:
+        order: order of convergence in the largest step: of the end point for a deterministic solver, of moments
+            (weak) for a stochastic one. Tests measure it.
+        default_grid: name of the grid used when none is asked for.
+        default_steps: number of steps used when none is asked for; None for a solver that chooses its own.
+        final: what happens at the end of the grid, where x still holds noise of standard deviation sigma(t_n):
+            "none" leaves it; "mean" leaves the noise of the last update out; "tweedie" replaces x by
+            E[x_0 | x] at the cost of one evaluation.
+    """
+
+    order: ClassVar[int]
+    default_grid: ClassVar[str] = "uniform"
+    default_steps: ClassVar[int | None]
+    final: str
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether solving draws noise."""
+        return False
+
+    @property
+    def grid_name(self) -> str:
+        """The grid that suits these options; `default_grid` unless a leaf says otherwise."""
+        return self.default_grid
+
+    def check_final(self) -> None:
+        """Raise `UserError` for a last-step policy that does not exist."""
+        check_choice("solver.final", self.final, FINAL)
+
+    @abstractmethod
+    def init(self, process: ReverseProcess, times: Sequence[float], x: Tensor) -> State:
+        """The state before the first step; computes per-step numbers once, in float64."""
+
+    @abstractmethod
+    def step(self, process: ReverseProcess, x: Tensor, t: float, s: float, state: State, noise: Noise) -> Tensor:
+        """The state at time `s`, given `x` (B, ...) at time `t` > `s`."""
+
+    @torch.no_grad()
+    def solve(
+        self,
+        process: ReverseProcess,
+        x: Tensor,
+        times: Sequence[float],
+        noise: Noise | None = None,
+        callback: Callback | None = None,
+    ) -> Solution:
+        """Carry `x` (B, ...), a draw of the prior at `times[0]`, along the grid.
+
+        Args:
+            process: the denoiser, counted.
+            x: state at `times[0]`.
+            times: decreasing times, at least two.
+            noise: source of standard normals shaped like `x`; needed by stochastic solvers.
+            callback: told of the progress after each step.
+
+        Raises:
+            UserError: for a grid that does not decrease, or a stochastic solver without noise.
+        """
+        times = self._checked(process, times, noise)
+        before = process.nfe
+        state = self.init(process, times, x)
+        n = len(times) - 1
+        for i, (t, s) in enumerate(pairwise(times)):
+            state.index, state.quiet = i, self.final == "mean" and i == n - 1
+            x = self.step(process, x, t, s, state, noise or _no_noise)
+            if callback is not None:
+                callback((i + 1) / n, s, x)
+        if self.final == "tweedie":
+            x = process.denoised(x, times[-1])
+        return Solution(x, process.nfe - before, tuple(times))
+
+    def _checked(self, process: ReverseProcess, times: Sequence[float], noise: Noise | None) -> list[float]:
+        """The grid, after everything that can be wrong with it has been looked at."""
+        times = [float(t) for t in times]
+        if len(times) < 2 or any(s >= t for t, s in pairwise(times)) or times[-1] < 0:
+            raise UserError("the time grid must be at least two decreasing times, none negative")
+        if self.final == "tweedie" and float(process.sde.sigma(times[-1])) == 0:
+            raise UserError(
+                "solver.final=tweedie has nothing to remove where the time grid ends without noise (t = 0): "
+                "use solver.final=mean"
+            )
+        if self.stochastic and noise is None:
+            raise UserError("this solver is stochastic and was given no noise: pass SampleNoise or BatchNoise")
+        return times
+
+
+def _no_noise() -> Tensor:
+    raise AssertionError("a solver that is not stochastic asked for noise")
