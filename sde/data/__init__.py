@@ -1,6 +1,9 @@
-"""Data sets: one file per source, what is shown to a network, and how it goes back to pixels."""
+"""Data sets: one file per source, what is shown to a network, and how it goes back to pixels.
 
-from sde.data import glyphs, mnist
+`base` says what a data set is; the sources register themselves there under the names that `conf/data` uses.
+"""
+
+from sde.data import cifar10, glyphs, hf, images, mnist, npz, toy2d
 from sde.data.base import DATASETS, DataInfo, Dataset, Split, register
 from sde.data.order import Order, batch_indices
 from sde.data.statistics import measure_sigma_data
@@ -12,8 +15,13 @@ __all__ = [
     "Order",
     "Split",
     "batch_indices",
+    "cifar10",
     "glyphs",
+    "hf",
+    "images",
     "measure_sigma_data",
     "mnist",
+    "npz",
     "register",
+    "toy2d",
 ]

@@ -30,7 +30,7 @@ class Glyphs(Dataset):
     """Characters of fonts, one gray picture each, labelled by the character.
 
     Characters that a face lacks, blank ones and exact repetitions of a picture are left out. The test split holds
-    out pictures, not characters: a held-out letter is usually seen in other faces.
+    out pictures, not characters: a held-out letter is usually seen in other faces (with one face, in none).
 
     Args:
         font: `matplotlib`, or the path of a .ttf, .otf or .ttc file, or a list of paths. All faces of a .ttc

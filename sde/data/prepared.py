@@ -104,9 +104,10 @@ class SplitWriter:
         self._arrays["test" if self._in_test[index] else "train"][self._row[index]] = picture
 
     def close(self) -> None:
-        """Flush what was written."""
+        """Flush what was written and let go of the files."""
         for array in self._arrays.values():
             array.flush()
+        self._arrays.clear()
 
 
 def held_out(names: Sequence[str] | Iterable[str], fraction: float, seed: int) -> np.ndarray:
