@@ -29,6 +29,7 @@ class EulerMaruyama(Solver):
     """
 
     order: ClassVar[int] = 1
+    default_grid: ClassVar[str] = "logsnr"
     default_steps: ClassVar[int | None] = 500
 
     eta: float = 1.0

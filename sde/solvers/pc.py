@@ -59,6 +59,7 @@ class PredictorCorrector(Solver):
     """
 
     order: ClassVar[int] = 1
+    default_grid: ClassVar[str] = "logsnr"
     default_steps: ClassVar[int | None] = 250
 
     predictor: str = "reverse_diffusion"

@@ -1,0 +1,139 @@
+"""What every command line shares: Hydra composes, the command runs, and errors become one sentence.
+
+A mistake of the user (`UserError`, an override that Hydra refuses, a file that cannot be written) is printed as one
+sentence on standard error with exit code 2, or 1 where the machine and not the input was at fault (no space, no
+permission). Ctrl-C leaves with 130. Anything else is a fault of the package and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sde.config import closest_key, conf_dir, import_plugins, plain
+from sde.errors import UserError, suggest
+
+Command = Callable[[dict[str, Any]], None]
+
+
+class Interrupted(Exception):
+    """The user or the system asked a command to stop; what was to be saved has been.
+
+    Args:
+        message: what to tell the user.
+        code: the exit code.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def run_command(name: str, command: Command) -> None:
+    """Compose `conf/<name>.yaml` with the overrides in `sys.argv`, call `command` with plain values, and exit.
+
+    Args:
+        name: of the configuration file, without ending.
+        command: receives the resolved configuration.
+    """
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here whole, and are made readable here
+
+    @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)
+    def entry(config: DictConfig) -> None:
+        settings = plain(config)
+        import_plugins(settings.pop("plugins", None) or [])
+        command(settings)
+
+    try:
+        entry()
+    except UserError as error:
+        _leave(str(error), 2)
+    except Interrupted as stop:
+        _leave(str(stop), stop.code, prefix="")
+    except (HydraException, OmegaConfBaseException) as error:
+        _leave(explain_hydra(str(error), name), 2)
+    except KeyboardInterrupt:
+        _leave("interrupted; nothing was left half-written", 130, prefix="")
+    except torch.OutOfMemoryError as error:
+        _leave(f"the device is out of memory ({_first_line(error)}): lower the batch size or the size of the model", 1)
+    except OSError as error:
+        _leave(explain_os(error), 1)
+
+
+def _leave(sentence: str, code: int, prefix: str = "error: ") -> None:
+    sys.stdout.flush()
+    print(f"{prefix}{sentence}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def explain_os(error: OSError) -> str:
+    """One sentence for a failed file operation."""
+    where = f" {error.filename!r}" if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return f"no space is left on the device{where}: free some, or choose another folder"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission for{where or ' a file'}: choose a folder that you may write, such as hydra.run.dir=FOLDER"
+    return f"{error.strerror or _first_line(error)}{':' + where if where else ''}"
+
+
+def explain_hydra(message: str, name: str) -> str:
+    """One sentence for an override or configuration that Hydra refused."""
+    found = re.search(r"Could not find '([\w/@.]+)/([^'/]+)'", message)
+    options = re.search(r"Available options in '[^']+':\s*\n((?:\s+\S+\n?)+)", message)
+    if found and options:
+        group, choice, names = found[1], found[2], options[1].split()
+        return f"{group}={choice} is not one of {', '.join(names)}{suggest(choice, names)}"
+    key = re.search(r"Could not override '([^']+)'", message) or re.search(r"Key '([^']+)' is not in struct", message)
+    if key:
+        beside, close = closest_key(key[1], _defaults(name))
+        hint = f"; did you mean '{close}'?" if close else ""
+        return f"there is no option '{key[1]}': there are {', '.join(beside) or 'none below it'}{hint}"
+    if "mismatched input" in message or "extraneous input" in message or "missing EQUAL" in message:
+        return f"cannot read an option ({_compact(message)}): write key=value, with quotes around special characters"
+    if "mandatory value" in message or "Missing mandatory" in message:
+        missing = re.search(r"(?:full_key: |mandatory value: )(\S+)", message)
+        return f"the option '{missing[1] if missing else '?'}' needs a value: write {missing[1] if missing else 'key'}=..."
+    return _compact(message)
+
+
+def _compact(message: str) -> str:
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return "; ".join(lines[:2]).rstrip(".")
+
+
+def _defaults(name: str) -> Mapping[str, Any]:
+    """The composed configuration without overrides."""
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = OmegaConf.to_container(hydra.compose(name), resolve=False)
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}
+
+
+def output_dir() -> str:
+    """The folder that Hydra made for this command."""
+    return HydraConfig.get().runtime.output_dir
+
+
+def choices() -> dict[str, str]:
+    """Which file was chosen for each configuration group."""
+    return {str(group): str(choice) for group, choice in HydraConfig.get().runtime.choices.items()}
+
+
+def task_overrides() -> list[str]:
+    """The overrides given on the command line, as written."""
+    return list(HydraConfig.get().overrides.task)
