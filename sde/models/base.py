@@ -1,0 +1,57 @@
+"""What a model is.
+
+A model is an `nn.Module` made as `Model(shape, num_classes, **settings)`. `shape` (the shape of one example, (C, H, W)
+or (D,)) and `num_classes` are facts of the data and come at run time; the settings are those of
+`conf/model/<name>.yaml`. It is called as
+
+    model(x, noise, label) -> tensor of the shape and type of x
+
+with `x` (B, *shape), `noise` (B,) the noise label and `label` (B,) int64 class labels or None. What the output means
+(noise, score, data, ...) is not the model's business. Its attribute `noise_label` names the number it wants as `noise`:
+
+    "time"       999 t / T, for sinusoidal embeddings
+    "sigma"      the noise level sigma(t) / alpha(t) > 0
+    "log_sigma"  log(sigma(t) / alpha(t)) / 4
+
+With `num_classes` > 0 the label `num_classes` means "no label", and so does `label=None`; dropping labels in training
+teaches a model both (arXiv 2207.12598).
+
+To add a model: a file in this folder with `@register("name")` on the class, its import in `sde/models/__init__.py`, and
+`conf/model/name.yaml`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from sde.errors import UserError, check_number
+from sde.registry import Registry
+
+MODELS: Registry[nn.Module] = Registry("model")
+register = MODELS.register
+
+
+def check_count(name: str, value: int, at_least: int = 1) -> int:
+    """`value`, or `UserError` unless it is a whole number of at least `at_least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UserError(f"{name}={value!r} is not a whole number")
+    check_number(name, value, at_least=at_least)
+    return value
+
+
+def check_counts(name: str, values: Iterable[int], at_least: int = 1) -> tuple[int, ...]:
+    """`values` as a tuple, or `UserError` unless each is a whole number of at least `at_least`."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise UserError(f"{name}={values!r} is not a list of whole numbers; write it as [1, 2, 2]")
+    return tuple(check_count(f"{name}[{i}]", value, at_least) for i, value in enumerate(values))
+
+
+def check_shape(model: str, shape: tuple[int, ...], axes: str) -> None:
+    """Raise `UserError` unless `shape` has one positive size for each letter of `axes` ("CHW", "D")."""
+    if len(shape) != len(axes) or any(size < 1 for size in shape):
+        raise UserError(
+            f"model={model} works on examples of shape ({', '.join(axes)}), not {tuple(shape)}; "
+            "choose a model that suits the data"
+        )

@@ -1,0 +1,66 @@
+"""DDPM++, the network of arXiv 2011.13456 for VP and sub-VP SDEs.
+
+NCSN++ (`sde.models.ncsnpp`) without what made it best for the VE SDE: no FIR filters, no progressive input, sinusoidal
+features of time instead of Fourier features of the noise level. The paper's size for CIFAR-10 is channels=128
+channel_multipliers=[1,2,2,2] blocks_per_level=4, or 8 ("deep").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sde.models.base import register
+from sde.models.settings import UNetSettings
+from sde.models.unet import UNet
+
+
+@register("ddpmpp")
+class DDPMpp(UNet):
+    """DDPM++ (arXiv 2011.13456).
+
+    Args:
+        shape: (C, H, W) of one picture; H and W divisible by 2^(levels - 1).
+        num_classes: classes of the data, 0 for none.
+        channels: channels of the first level, a multiple of 4.
+        channel_multipliers: factor on `channels` for each level, highest resolution first.
+        blocks_per_level: residual blocks of a level on the way down; one more on the way up.
+        attention_resolutions: longer sides in pixels of the levels that have attention.
+        dropout: probability of dropping an entry inside residual blocks, 0 to below 1.
+        activation: "swish", "elu", "relu" or "lrelu" (slope 0.2).
+        skip_rescale: divide every sum with a shortcut by sqrt(2).
+        init_scale: initialization scale of the last layer of each block and of the output, at least 0.
+        centered: whether data is in [-1, 1]; otherwise it is in [0, 1] and the network maps x to 2x - 1.
+
+    Raises:
+        UserError: a setting out of range, or a shape or number of channels that cannot be divided.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        num_classes: int = 0,
+        *,
+        channels: int = 64,
+        channel_multipliers: Sequence[int] = (1, 2, 2),
+        blocks_per_level: int = 2,
+        attention_resolutions: Sequence[int] = (16,),
+        dropout: float = 0.1,
+        activation: str = "swish",
+        skip_rescale: bool = True,
+        init_scale: float = 0.0,
+        centered: bool = True,
+    ) -> None:
+        settings = UNetSettings(
+            channels=channels,
+            channel_multipliers=channel_multipliers,
+            blocks_per_level=blocks_per_level,
+            attention_resolutions=attention_resolutions,
+            dropout=dropout,
+            block="biggan",
+            activation=activation,
+            skip_rescale=skip_rescale,
+            init_scale=init_scale,
+            embedding="positional",
+            centered=centered,
+        )
+        super().__init__(shape, num_classes, settings)

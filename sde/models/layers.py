@@ -1,0 +1,197 @@
+r"""The layers that the U-Nets are made of: convolutions with their initialization, normalization, residual blocks and
+self-attention (arXiv 2006.11239; BigGAN residual blocks, arXiv 1809.11096; all as in arXiv 2011.13456, appendix H).
+
+Everything is initialized by variance scaling: uniform with variance `scale / fan`, fan the mean of fan-in and fan-out. A
+scale of 0 stands for 1e-10, which starts a residual branch as the identity without being exactly zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sde.errors import UserError
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "swish": nn.SiLU,
+    "elu": nn.ELU,
+    "relu": nn.ReLU,
+    "lrelu": partial(nn.LeakyReLU, negative_slope=0.2),
+}
+GROUPS = ("quarter", "thirty_two")
+
+
+def initialize(weight: Tensor, scale: float = 1.0) -> None:
+    """Fill `weight` (out, in, ...) or (in, out, ...) by variance scaling, in place."""
+    fan = (weight.shape[0] + weight.shape[1]) / 2 * math.prod(weight.shape[2:])
+    bound = math.sqrt(3 * (scale or 1e-10) / fan)
+    nn.init.uniform_(weight, -bound, bound)
+
+
+def linear(in_features: int, out_features: int) -> nn.Linear:
+    """A linear layer with variance-scaling weights and zero bias."""
+    layer = nn.Linear(in_features, out_features)
+    initialize(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def conv(
+    in_channels: int,
+    out_channels: int,
+    size: int = 3,
+    *,
+    scale: float = 1.0,
+    stride: int = 1,
+    padding: int | None = None,
+) -> nn.Conv2d:
+    """A convolution with variance-scaling weights and zero bias; `padding` keeps the size unless given."""
+    padding = size // 2 if padding is None else padding
+    layer = nn.Conv2d(in_channels, out_channels, size, stride=stride, padding=padding)
+    initialize(layer.weight, scale)
+    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    return layer
+
+
+def group_norm(channels: int, groups: str = "quarter") -> nn.GroupNorm:
+    """Group normalization with epsilon 1e-6.
+
+    Args:
+        channels: number of channels.
+        groups: "quarter" for min(channels // 4, 32) groups, as NCSN++ has; "thirty_two" for 32 groups, as DDPM has, or
+            where 32 does not divide `channels`, the most groups of four channels or more.
+
+    Raises:
+        UserError: the channels cannot be divided so.
+    """
+    count = min(channels // 4, 32)
+    if groups == "thirty_two":
+        count = 32 if channels % 32 == 0 else max((n for n in range(1, count + 1) if channels % n == 0), default=0)
+    if count == 0 or channels % count:
+        raise UserError(
+            f"a layer of {channels} channels cannot be normalized in {max(count, 1)} equal groups of at least 4: "
+            "make model.channels a multiple of 32, or of 4 as long as no layer has more than 128 channels"
+        )
+    return nn.GroupNorm(count, channels, eps=1e-6)
+
+
+class Head(nn.Module):
+    """Normalization, activation and a 3x3 convolution.
+
+    Args:
+        channels: of the input.
+        out_channels: of the output.
+        activation: the nonlinearity.
+        groups: rule of `group_norm`.
+        scale: initialization scale of the convolution.
+    """
+
+    def __init__(self, channels: int, out_channels: int, activation: nn.Module, groups: str, scale: float) -> None:
+        super().__init__()
+        self.norm = group_norm(channels, groups)
+        self.activation = activation
+        self.conv = conv(channels, out_channels, scale=scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) to (B, out_channels, H, W)."""
+        return self.conv(self.activation(self.norm(x)))
+
+
+class ResidualBlock(nn.Module):
+    r"""Two 3x3 convolutions around a shortcut; the embedding enters between them as one bias per channel.
+
+        h = conv_1(resample(act(norm_1(x)))) + condition(e)
+        y = shortcut(resample(x)) + conv_2(dropout(act(norm_2(h))))
+
+    The shortcut is a 1x1 convolution where the number of channels changes or there is resampling, else the identity.
+
+    Args:
+        in_channels: of the input.
+        out_channels: of the output.
+        embedding_size: length of the embedding e; None for a block that takes none.
+        activation: the nonlinearity.
+        groups: rule of `group_norm`.
+        dropout: probability of dropping an entry of h, 0 to 1.
+        init_scale: initialization scale of `conv_2`.
+        shortcut_scale: initialization scale of the shortcut.
+        skip_rescale: divide the sum by sqrt(2), so that its variance is that of its terms.
+        resample: makes the picture larger or smaller (BigGAN's residual blocks do); None keeps its size.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        embedding_size: int | None,
+        activation: nn.Module,
+        groups: str,
+        dropout: float,
+        init_scale: float,
+        shortcut_scale: float,
+        skip_rescale: bool,
+        resample: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.resample = resample
+        self.norm_1 = group_norm(in_channels, groups)
+        self.conv_1 = conv(in_channels, out_channels)
+        self.condition = None if embedding_size is None else linear(embedding_size, out_channels)
+        self.norm_2 = group_norm(out_channels, groups)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_2 = conv(out_channels, out_channels, scale=init_scale)
+        keeps_shape = in_channels == out_channels and resample is None
+        self.shortcut = None if keeps_shape else conv(in_channels, out_channels, 1, scale=shortcut_scale)
+        self.skip_rescale = skip_rescale
+
+    def forward(self, x: Tensor, embedding: Tensor | None) -> Tensor:
+        """(B, in_channels, H, W) and the activated embedding (B, embedding_size) to (B, out_channels, H', W')."""
+        h = self.activation(self.norm_1(x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = self.conv_1(h)
+        if self.condition is not None:
+            h += self.condition(embedding)[:, :, None, None]
+        h = self.conv_2(self.dropout(self.activation(self.norm_2(h))))
+        if self.shortcut is not None:
+            x = self.shortcut(x)
+        return join(x, h, self.skip_rescale)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention with one head over the pixels of a picture, around a shortcut.
+
+    Args:
+        channels: of input and output.
+        groups: rule of `group_norm`.
+        init_scale: initialization scale of the last layer.
+        skip_rescale: divide the sum with the shortcut by sqrt(2).
+    """
+
+    def __init__(self, channels: int, *, groups: str, init_scale: float, skip_rescale: bool) -> None:
+        super().__init__()
+        self.norm = group_norm(channels, groups)
+        self.query_key_value = conv(channels, 3 * channels, 1)
+        for weight in self.query_key_value.weight.detach().chunk(3):
+            initialize(weight, 0.1)
+        self.output = conv(channels, channels, 1, scale=init_scale)
+        self.skip_rescale = skip_rescale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) to the same."""
+        batch, channels, height, width = x.shape
+        projected = self.query_key_value(self.norm(x)).permute(0, 2, 3, 1)
+        query, key, value = projected.reshape(batch, 1, height * width, 3, channels).unbind(3)
+        h = F.scaled_dot_product_attention(query, key, value)
+        h = self.output(h.reshape(batch, height, width, channels).permute(0, 3, 1, 2))
+        return join(x, h, self.skip_rescale)
+
+
+def join(x: Tensor, h: Tensor, rescale: bool) -> Tensor:
+    """x + h, divided by sqrt(2) if `rescale`."""
+    return (x + h).mul_(math.sqrt(0.5)) if rescale else x + h
