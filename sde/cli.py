@@ -87,7 +87,9 @@ def explain_os(error: OSError) -> str:
     if error.errno == errno.ENOSPC:
         return f"no space is left on the device{where}: free some, or choose another folder"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"no permission for{where or ' a file'}: choose a folder that you may write, such as hydra.run.dir=FOLDER"
+        return (
+            f"no permission for{where or ' a file'}: choose a folder that you may write, such as hydra.run.dir=FOLDER"
+        )
     return f"{error.strerror or _first_line(error)}{':' + where if where else ''}"
 
 
@@ -107,7 +109,9 @@ def explain_hydra(message: str, name: str) -> str:
         return f"cannot read an option ({_compact(message)}): write key=value, with quotes around special characters"
     if "mandatory value" in message or "Missing mandatory" in message:
         missing = re.search(r"(?:full_key: |mandatory value: )(\S+)", message)
-        return f"the option '{missing[1] if missing else '?'}' needs a value: write {missing[1] if missing else 'key'}=..."
+        return (
+            f"the option '{missing[1] if missing else '?'}' needs a value: write {missing[1] if missing else 'key'}=..."
+        )
     return _compact(message)
 
 

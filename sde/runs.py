@@ -1,0 +1,183 @@
+"""A run is a folder.
+
+    runs/<date>/<time>_<sde>_<model>_<data>/
+        config.yaml        every setting, resolved
+        data.json          the facts about the data (shape, classes, range of pixels)
+        environment.json   versions, git revision, device, command line
+        metrics.jsonl      the record: one JSON object per line
+        checkpoints/       step-00001000.pt, ...
+        previews/          sample grids drawn during training
+        samples/           what `python -m sde.sample` draws
+
+Sampling needs the checkpoint alone for the weights and this module for everything around it: which run, which
+checkpoint, and the denoiser that they describe.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from sde.config import build
+from sde.data import DataInfo
+from sde.denoiser import Denoiser
+from sde.errors import UserError
+from sde.files import write_json, write_text
+from sde.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, load_newest
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder.
+
+    Args:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints lie."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """The record of metrics."""
+        return self.path / "metrics.jsonl"
+
+    def config(self) -> dict[str, Any]:
+        """The configuration that the run was made with.
+
+        Raises:
+            UserError: when the file is missing or is not a configuration.
+        """
+        file = self.path / "config.yaml"
+        try:
+            config = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+        except FileNotFoundError:
+            raise UserError(f"run={self.path} has no config.yaml: give the folder that training made") from None
+        except Exception as error:  # a YAML error of any kind means the same to the user
+            raise UserError(f"{file} is damaged ({str(error).splitlines()[0]}): restore it or train again") from error
+        if not isinstance(config, dict):
+            raise UserError(f"{file} is damaged (it holds no settings): restore it or train again")
+        return {str(key): value for key, value in config.items()}
+
+    def write_beginning(self, config: Mapping[str, Any], info: DataInfo, device: torch.device) -> None:
+        """Write config.yaml, data.json and environment.json."""
+        write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+        write_json(self.path / "data.json", info.to_dict())
+        write_json(self.path / "environment.json", environment(device))
+
+
+def find_run(path: str | None, root: Path = RUNS) -> Run:
+    """The run at `path`; without one, or for "latest", the newest run below `root` that has a checkpoint.
+
+    Raises:
+        UserError: when there is none.
+    """
+    if path is not None and path != "latest":
+        folder = Path(path).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"run={path} does not exist: give the folder of a run, or leave run= out for the newest")
+        return Run(folder)
+    folders = {file.parent.parent for file in root.glob("**/checkpoints/step-*.pt")}
+    if not folders:
+        raise UserError(f"there is no run to use in {root.resolve()}: train one with python -m sde.train, or give run=")
+    return Run(max(folders, key=lambda folder: max(f.stat().st_mtime for f in folder.glob("checkpoints/step-*.pt"))))
+
+
+def open_checkpoint(run: Run, which: str | int) -> Checkpoint:
+    """The checkpoint `which` of a run: "latest", a step, or the path of a file.
+
+    Raises:
+        UserError: when there is none, or the one asked for by name is damaged. A damaged newest one is passed over,
+            which is said on standard error.
+    """
+    if which == "latest":
+        return load_newest(run.checkpoints)
+    if str(which).isdigit():
+        steps = dict(list_checkpoints(run.checkpoints))
+        if int(which) not in steps:
+            known = ", ".join(str(step) for step in sorted(steps)) or "none"
+            raise UserError(f"checkpoint={which} is not one of the steps that {run.path} has: {known}")
+        return load_checkpoint(steps[int(which)])
+    return load_checkpoint(Path(str(which)).expanduser())
+
+
+def build_denoiser(config: Mapping[str, Any], info: DataInfo) -> Denoiser:
+    """An untrained denoiser as the configuration describes it, for data as `info` describes it."""
+    num_classes = info.num_classes if config.get("conditional", False) else 0
+    if config.get("conditional", False) and num_classes == 0:
+        raise UserError(f"conditional=true needs labels and {info.name} has none: use conditional=false")
+    network = build(config["model"], "model", shape=info.shape, num_classes=num_classes)
+    sde = build(config["sde"], "sde")
+    parameterization = build(config["parameterization"], "parameterization")
+    return Denoiser(network, sde, parameterization)
+
+
+def restore_denoiser(checkpoint: Checkpoint, *, ema: bool = True) -> tuple[Denoiser, DataInfo]:
+    """The trained denoiser of a checkpoint, in evaluation mode, and the facts about its data.
+
+    Args:
+        checkpoint: an opened checkpoint; it holds the configuration that describes its network.
+        ema: take the averaged weights rather than the last ones.
+
+    Raises:
+        UserError: when the weights do not fit the network that the configuration describes.
+    """
+    info = DataInfo.from_dict(checkpoint.content["data"])
+    denoiser = build_denoiser(checkpoint.content["config"], info)
+    try:
+        denoiser.network.load_state_dict(checkpoint.content["ema" if ema else "model"])
+    except (RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{checkpoint.path} does not fit its own configuration ({reason}): take another one") from error
+    return denoiser.eval().requires_grad_(False), info
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, git revision, device and command line, for the record."""
+    packages = ("torch", "numpy", "scipy", "hydra-core", "omegaconf", "pillow", "matplotlib", "wandb")
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "packages": {name: _version(name) for name in ("sde", *packages)},
+        "git": _git_revision(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """The revision of the checkout that the package runs from, with "+changes" when it differs from it."""
+
+    def git(*arguments: str) -> str:
+        here = Path(__file__).resolve().parent
+        return subprocess.run(
+            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,103 @@
+"""Drawing samples in batches: what the command line, previews during training and benchmarks share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sde.denoiser import AbstractDenoiser
+from sde.errors import UserError
+from sde.grids import GRIDS, Grid
+from sde.randomness import SampleNoise
+from sde.reverse import ReverseProcess
+from sde.solvers import Callback, Solution, Solver
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How samples are drawn.
+
+    Args:
+        solver: the way from noise to data.
+        times: the time grid.
+        shape: of one sample.
+        seed: sample k of this seed is the same however samples are split into batches.
+        device: where to compute.
+        dtype: of the state.
+    """
+
+    solver: Solver
+    times: tuple[float, ...]
+    shape: tuple[int, ...]
+    seed: int = 0
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
+    dtype: torch.dtype = torch.float32
+
+
+def make_times(solver: Solver, denoiser: AbstractDenoiser, grid: Grid | None, steps: int | None) -> tuple[float, ...]:
+    """The time grid for a solver: the solver's own grid and number of steps where None is given."""
+    chosen = grid if grid is not None else GRIDS.get(solver.grid_name)()
+    if steps is not None and solver.default_steps is None:
+        raise UserError(
+            f"steps={steps} means nothing to this solver, which chooses its own: set solver.rtol and solver.atol"
+        )
+    if getattr(chosen, "times", None) is not None or getattr(chosen, "noise_levels", None) is not None:
+        return tuple(chosen(denoiser.sde, steps))  # type: ignore[arg-type]  # an explicit grid knows its steps
+    wanted = steps if steps is not None else solver.default_steps
+    return tuple(chosen(denoiser.sde, 50 if wanted is None else wanted))
+
+
+def draw_batch(
+    denoiser: AbstractDenoiser,
+    plan: Plan,
+    indices: Sequence[int],
+    label: Tensor | None = None,
+    callback: Callback | None = None,
+) -> Solution:
+    """Samples number `indices` of the plan's seed: a `Solution` with x (B, *shape).
+
+    Args:
+        denoiser: on `plan.device`.
+        plan: how.
+        indices: which samples, (B,).
+        label: class labels (B,) or None.
+        callback: told of the progress.
+    """
+    noise = SampleNoise(plan.seed, indices, plan.shape, dtype=plan.dtype, device=plan.device)
+    x = noise() * denoiser.sde.prior_std
+    return plan.solver.solve(ReverseProcess(denoiser, label), x, plan.times, noise, callback)
+
+
+def draw(
+    denoiser: AbstractDenoiser,
+    plan: Plan,
+    n: int,
+    batch_size: int,
+    labels: Tensor | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Iterator[Solution]:
+    """Samples 0 .. n - 1 in batches of at most `batch_size`.
+
+    Args:
+        denoiser: on `plan.device`.
+        plan: how.
+        n: number of samples.
+        batch_size: most samples at once.
+        labels: class labels (n,) or None.
+        progress: called with the share of all samples' way that is done.
+
+    Yields:
+        A `Solution` for each batch, in order.
+    """
+    for start in range(0, n, batch_size):
+        indices = range(start, min(start + batch_size, n))
+        label = None if labels is None else labels[start : indices.stop].to(plan.device)
+
+        def report(share: float, _t: float, _x: Tensor | None, start: int = start, size: int = len(indices)) -> None:
+            if progress is not None:
+                progress((start + share * size) / n)
+
+        yield draw_batch(denoiser, plan, indices, label, report)

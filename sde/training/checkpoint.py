@@ -1,0 +1,131 @@
+"""Checkpoints: whole or not there, checked when read, and unable to run code.
+
+A checkpoint is what `torch.save` makes of state dictionaries and plain values: a zip archive in which every record
+carries a CRC-32 checksum. It is written under a temporary name, synced and renamed (`sde.files.atomic_write`). Reading
+checks every record first, then loads with `weights_only=True`, which builds tensors and plain values and nothing else.
+
+    version   1
+    step      number of optimizer steps made
+    config    the run's configuration       data   the facts about its data
+    model     state of the network          ema    the same with averaged weights
+    optimizer state of the optimizer        best   (optional) further plain values
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sde.errors import UserError
+from sde.files import atomic_write
+
+VERSION = 1
+REQUIRED = ("version", "step", "config", "data", "model", "ema")
+_NAME = re.compile(r"step-(\d+)\.pt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint.
+
+    Args:
+        path: where it was read.
+        content: what it holds, on the CPU.
+    """
+
+    path: Path
+    content: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps made when it was written."""
+        return int(self.content["step"])
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"step-{step:08d}.pt"
+
+
+def save_checkpoint(folder: Path, content: Mapping[str, Any]) -> Path:
+    """Write the checkpoint of step `content["step"]` and return its path."""
+    path = checkpoint_path(folder, content["step"])
+    with atomic_write(path) as file:
+        torch.save({"version": VERSION, **content}, file)
+    return path
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of every checkpoint in `folder`, oldest first."""
+    if not folder.is_dir():
+        return []
+    named = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+    return sorted((int(match[1]), path) for match, path in named if match)
+
+
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep`; 0 keeps all."""
+    for _, path in list_checkpoints(folder)[:-keep] if keep else []:
+        path.unlink(missing_ok=True)
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint whose bytes are not what was written."""
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read and check a checkpoint.
+
+    Raises:
+        UserError: when there is no such file or it is not a checkpoint of this package.
+        DamagedCheckpoint: when it is truncated or a checksum does not match.
+    """
+    if not path.is_file():
+        raise UserError(f"checkpoint={path} does not exist: give latest, a step, or the path of a file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is None:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged archive makes the readers stumble over
+        raise DamagedCheckpoint(f"{path} is damaged ({_reason(error)}): take an earlier checkpoint") from error
+    if damaged is not None:
+        raise DamagedCheckpoint(f"{path} is damaged (the checksum of {damaged} is wrong): take an earlier checkpoint")
+    if not isinstance(content, dict) or any(key not in content for key in REQUIRED):
+        raise UserError(f"{path} is not a checkpoint of this package: give one that python -m sde.train wrote")
+    if content["version"] != VERSION:
+        raise UserError(
+            f"{path} has version {content['version']} and this package reads version {VERSION}: "
+            "use the version of the package that wrote it"
+        )
+    return Checkpoint(path, content)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+
+
+def load_newest(folder: Path) -> Checkpoint:
+    """The newest checkpoint of `folder` that is whole; a damaged one is named on standard error and passed over.
+
+    Raises:
+        UserError: when there is none.
+    """
+    known = list_checkpoints(folder)
+    if not known:
+        raise UserError(f"{folder.parent} has no checkpoint: train it first, or give another run=")
+    for _, path in reversed(known):
+        try:
+            return load_checkpoint(path)
+        except DamagedCheckpoint as error:
+            print(f"warning: {error}; falling back to the one before", file=sys.stderr)
+    raise UserError(f"all {len(known)} checkpoints of {folder.parent} are damaged: train again")

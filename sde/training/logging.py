@@ -1,0 +1,180 @@
+"""The record of a run: `metrics.jsonl` always, Weights & Biases where it is asked for.
+
+metrics.jsonl holds one JSON object per line, {"step": ..., "seconds": ..., name: value, ...}; W&B mirrors it with
+charts and pictures. wandb is imported here alone, and only by a run with `logger=wandb`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sde.errors import UserError, check_choice
+from sde.registry import Registry
+
+LOGGERS: Registry[Logger] = Registry("logger")
+register = LOGGERS.register
+
+
+class Logger(ABC):
+    """Somewhere that metrics go besides metrics.jsonl."""
+
+    @abstractmethod
+    def start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
+        """A run in `folder` begins, or goes on from `step`."""
+
+    @abstractmethod
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Numbers at a step."""
+
+    @abstractmethod
+    def image(self, step: int, name: str, path: Path) -> None:
+        """A picture file at a step."""
+
+    @abstractmethod
+    def finish(self, code: int) -> None:
+        """The run has ended with exit code `code`."""
+
+
+class MetricsFile:
+    """metrics.jsonl of a run.
+
+    Args:
+        path: the file; made when it does not exist.
+        step: step from which the run goes on: later lines, of work that is done again, are dropped.
+    """
+
+    def __init__(self, path: Path, step: int = 0) -> None:
+        self._start = time.monotonic()
+        self._before = 0.0
+        kept = [line for line in read_metrics(path) if line["step"] <= step] if path.exists() and step else []
+        if kept:
+            self._before = float(kept[-1].get("seconds", 0.0))
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(text)
+        temporary.replace(path)
+        self._file = path.open("a")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one line; numbers that JSON lacks are written as null."""
+        seconds = round(self._before + time.monotonic() - self._start, 3)
+        values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, "seconds": seconds, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Sync and close the file."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that was cut off is left out."""
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+@register("none")
+class NoLogger(Logger):
+    """metrics.jsonl alone."""
+
+    def start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
+        """Nothing to do."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing to do."""
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        """Nothing to do."""
+
+    def finish(self, code: int) -> None:
+        """Nothing to do."""
+
+
+@register("wandb")
+class WandB(Logger):
+    """Weights & Biases: scalars, loss by noise level as a chart, sample grids, configuration.
+
+    Args:
+        project: W&B project.
+        entity: user or team; None is W&B's default.
+        mode: "online", "offline", or "auto": online when the user has logged in, offline otherwise. An offline run lies
+            in the run's folder and is uploaded with `wandb sync`.
+        tags: labels of the run.
+    """
+
+    def __init__(
+        self,
+        project: str = "sde",
+        entity: str | None = None,
+        mode: str = "auto",
+        tags: tuple[str, ...] = (),
+    ) -> None:
+        check_choice("logger.mode", mode, ("auto", "online", "offline"))
+        self.project, self.entity, self.mode, self.tags = project, entity, mode, tags
+        self._run: Any = None
+        self._levels: list[str] = []
+
+    def start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
+        """Open a W&B run, or the one that this folder had, as a further leg of it."""
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("logger=wandb needs the package wandb: pip install wandb, or use logger=none") from None
+        identity = folder / "wandb-id.txt"
+        mode = self._mode(wandb)
+        self._run = wandb.init(
+            project=self.project,
+            entity=self.entity,
+            mode=mode,  # type: ignore[arg-type]  # checked in the constructor
+            tags=list(self.tags) or None,
+            dir=str(folder),
+            name=folder.name,
+            config=dict(config),
+            id=identity.read_text().strip() if identity.exists() else None,
+            resume="allow",
+        )
+        identity.write_text(self._run.id)
+        self._wandb = wandb
+        where = self._run.url if mode == "online" else f"{folder / 'wandb'} (upload it with wandb sync)"
+        print(f"W&B run: {where}", file=sys.stderr)
+
+    def _mode(self, wandb: Any) -> str:
+        if self.mode != "auto":
+            return self.mode
+        chosen = os.environ.get("WANDB_MODE")
+        if chosen in ("online", "offline", "disabled"):
+            return chosen
+        return "online" if os.environ.get("WANDB_API_KEY") or getattr(wandb.api, "api_key", None) else "offline"
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Scalars; those named val/eps_mse/<level> also become one chart of loss against noise level."""
+        self._run.log(dict(metrics), step=step)
+        levels = {name: value for name, value in metrics.items() if name.startswith("val/eps_mse/")}
+        if levels:
+            rows = [[float(name.rsplit("=", 1)[1]), value] for name, value in levels.items()]
+            table = self._wandb.Table(data=rows, columns=["log SNR", "eps error"])
+            chart = self._wandb.plot.line(table, "log SNR", "eps error", title="loss by noise level")
+            self._run.log({"val/loss_by_noise_level": chart}, step=step)
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        """A sample grid."""
+        self._run.log({name: self._wandb.Image(str(path))}, step=step)
+
+    def finish(self, code: int) -> None:
+        """Close the run."""
+        if self._run is not None:
+            self._run.finish(exit_code=code)
