@@ -1,8 +1,8 @@
 r"""The layers that the U-Nets are made of: convolutions with their initialization, normalization, residual blocks and
 self-attention (arXiv 2006.11239; BigGAN residual blocks, arXiv 1809.11096; all as in arXiv 2011.13456, appendix H).
 
-Everything is initialized by variance scaling: uniform with variance `scale / fan`, fan the mean of fan-in and fan-out. A
-scale of 0 stands for 1e-10, which starts a residual branch as the identity without being exactly zero.
+Everything is initialized by variance scaling: uniform with variance `scale / fan`, fan the mean of fan-in and fan-out.
+A scale of 0 stands for 1e-10, which starts a residual branch as the identity without being exactly zero.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 r"""NCSN++, the network of arXiv 2011.13456 (section 4.1 and appendix H), with all of its settings.
 
-A U-Net (`sde.models.unet`) that differs from DDPM's by the residual blocks of BigGAN, which resample inside, by FIR filters
-against aliasing, by sums with a shortcut divided by sqrt(2), by progressive inputs and outputs, and by Fourier features of
-the logarithm of the noise level. The sizes of the paper:
+A U-Net (`sde.models.unet`) that differs from DDPM's by the residual blocks of BigGAN, which resample inside, by FIR
+filters against aliasing, by sums with a shortcut divided by sqrt(2), by progressive inputs and outputs, and by Fourier
+features of the logarithm of the noise level. The sizes of the paper:
 
     CIFAR-10, 32x32       channels=128 channel_multipliers=[1,2,2,2] blocks_per_level=4 (8: "deep")
     CelebA-HQ and FFHQ,   channels=128 channel_multipliers=[1,1,2,2,2,2,2] blocks_per_level=2 dropout=0

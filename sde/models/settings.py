@@ -67,18 +67,22 @@ class UNetSettings:
     num_scales: int = 1000
 
     def __post_init__(self) -> None:
+        def store(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)  # lists of the configuration become tuples
+
         check_count("model.channels", self.channels, at_least=4)
-        if not check_counts("model.channel_multipliers", self.channel_multipliers):
+        store("channel_multipliers", check_counts("model.channel_multipliers", self.channel_multipliers))
+        if not self.channel_multipliers:
             raise UserError("model.channel_multipliers is empty: give one number for each level, such as [1, 2, 2]")
         check_count("model.blocks_per_level", self.blocks_per_level)
-        check_counts("model.attention_resolutions", self.attention_resolutions)
+        store("attention_resolutions", check_counts("model.attention_resolutions", self.attention_resolutions))
         check_number("model.dropout", self.dropout, at_least=0, below=1)
         check_choice("model.block", self.block, ("biggan", "ddpm"))
         check_choice("model.groups", self.groups, GROUPS)
         check_choice("model.activation", self.activation, ACTIVATIONS)
         check_number("model.init_scale", self.init_scale, at_least=0)
         if self.fir_kernel is not None:
-            check_fir_kernel(self.fir_kernel)
+            store("fir_kernel", check_fir_kernel(self.fir_kernel))
         check_choice("model.embedding", self.embedding, ("fourier", "positional"))
         check_number("model.fourier_scale", self.fourier_scale, above=0)
         check_choice("model.progressive", self.progressive, ("none", "output_skip", "residual"))

@@ -7,8 +7,8 @@ r"""The U-Net of score-based models, from which NCSN++, DDPM++ and DDPM differ b
     up          the same levels in rising order; each block also receives what a block of `down` (or `input`) gave
     output      normalization, activation, 3x3 convolution
 
-Progressive inputs bring the input picture, made smaller, to every level; progressive outputs sum what every level says of
-the output picture, made larger (StyleGAN2, arXiv 1912.04958). Every variant is in arXiv 2011.13456, appendix H.
+Progressive inputs bring the input picture, made smaller, to every level; progressive outputs sum what every level says
+of the output picture, made larger (StyleGAN2, arXiv 1912.04958). Every variant is in arXiv 2011.13456, appendix H.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class UNet(nn.Module):
         self._make_levels(Parts(settings, shape[0], None if self.embedding.is_empty else 4 * settings.channels))
 
     def _make_embedding(self) -> ConditionEmbedding:
-        settings, features = self.settings, None
+        settings = self.settings
+        features: FourierFeatures | SinusoidalFeatures | None = None
         if settings.noise_conditional and settings.embedding == "fourier":
             features = FourierFeatures(settings.channels, settings.fourier_scale)
         elif settings.noise_conditional:

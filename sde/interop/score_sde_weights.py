@@ -1,0 +1,350 @@
+"""Reading networks of yang-song/score_sde_pytorch, the code of arXiv 2011.13456: its configurations and its weights.
+
+There a network is one list, `all_modules`, in the order in which `forward` uses it; a weight is called
+`module.all_modules.<index>.<name>`. Which layer has which index follows from the configuration alone, so
+`original_order` walks our network in that order, and each kind of layer has a list of rules that say which of the
+original's tensors its own tensors are made of. Every tensor must find its place, and none may be left over.
+
+    network = network_from_config(config)
+    network.load_state_dict(convert_state_dict(network, checkpoint["model"]))     # as last trained
+    network.load_state_dict(ema_state_dict(network, checkpoint))                  # averaged: what samples are made with
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sde.errors import UserError, check_choice
+from sde.models.base import MODELS
+from sde.models.embeddings import FourierFeatures
+from sde.models.layers import Head, ResidualBlock, SelfAttention
+from sde.models.levels import DownLevel, InputResidual, InputSkip, OutputResidual, OutputSkip, UpLevel
+from sde.models.resample import ConvDownsample, ConvUpsample, FIRConvDownsample, FIRConvUpsample
+from sde.models.unet import UNet
+
+Shape = tuple[int, int, int]
+
+# What the original's default configurations hold; a model key that is missing here must be in the configuration.
+DATA_DEFAULTS = {"image_size": 32, "num_channels": 3, "centered": False}
+MODEL_DEFAULTS = {
+    "attn_resolutions": (16,),
+    "resamp_with_conv": True,
+    "conditional": True,
+    "nonlinearity": "swish",
+    "dropout": 0.1,
+    "embedding_type": "fourier",
+    "fourier_scale": 16,
+    "fir_kernel": (1, 3, 3, 1),
+    "skip_rescale": True,
+    "resblock_type": "biggan",
+    "progressive": "none",
+    "progressive_combine": "sum",
+    "init_scale": 0.0,
+    "sigma_min": 0.01,
+    "sigma_max": 50,
+    "num_scales": 1000,
+}
+
+
+def settings_from_config(config: Mapping[str, Any]) -> tuple[str, dict[str, Any], Shape]:
+    """The model's name here, its keyword settings and the shape (C, H, W) of its pictures.
+
+    Args:
+        config: the original's configuration as nested dictionaries (or ml_collections' own): "data" with image_size,
+            num_channels, centered; "model" with name, nf, ch_mult and so on; "training" with sde.
+
+    Raises:
+        UserError: the network is neither ncsnpp nor ddpm, or a value is missing or unknown.
+    """
+    data = {**DATA_DEFAULTS, **_section(config, "data")}
+    defaults = {**MODEL_DEFAULTS, "scale_by_sigma": str(_section(config, "training").get("sde")).lower() == "vesde"}
+    model = {**defaults, **_section(config, "model")}
+    name = _required(model, "name")
+    check_choice("model.name of the configuration", name, ("ddpm", "ncsnpp"))
+    settings: dict[str, Any] = {
+        "channels": _required(model, "nf"),
+        "channel_multipliers": tuple(_required(model, "ch_mult")),
+        "blocks_per_level": _required(model, "num_res_blocks"),
+        "attention_resolutions": tuple(model["attn_resolutions"]),
+        "dropout": model["dropout"],
+        "activation": model["nonlinearity"].lower(),
+        "resample_with_conv": model["resamp_with_conv"],
+        "centered": data["centered"],
+        "scale_by_sigma": model["scale_by_sigma"],
+        "sigma_min": model["sigma_min"],
+        "sigma_max": model["sigma_max"],
+        "num_scales": model["num_scales"],
+    }
+    if name == "ncsnpp":
+        settings |= {
+            "block": model["resblock_type"].lower(),
+            "skip_rescale": model["skip_rescale"],
+            "init_scale": model["init_scale"],
+            "fir": _required(model, "fir"),
+            "fir_kernel": tuple(model["fir_kernel"]),
+            "embedding": model["embedding_type"].lower(),
+            "fourier_scale": model["fourier_scale"],
+            "noise_conditional": model["conditional"],
+            "progressive": model["progressive"].lower(),
+            "progressive_input": _required(model, "progressive_input").lower(),
+            "progressive_combine": model["progressive_combine"].lower(),
+        }
+    return name, settings, (data["num_channels"], data["image_size"], data["image_size"])
+
+
+def network_from_config(config: Mapping[str, Any]) -> UNet:
+    """A network as the original's configuration describes it, with new weights; errors as `settings_from_config`."""
+    name, settings, shape = settings_from_config(config)
+    network = MODELS.get(name)(shape, **settings)
+    assert isinstance(network, UNet)
+    return network
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The original's checkpoint file: a dictionary with "model", "ema", "optimizer" and "step", on the CPU.
+
+    Nothing in the file is executed.
+
+    Raises:
+        UserError: there is no such file, or it is not such a checkpoint.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no checkpoint {path}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"{path} is not a checkpoint that can be read safely, or is damaged: {error}") from error
+    _checkpoint_part(checkpoint, "model")
+    return checkpoint
+
+
+def convert_state_dict(network: UNet, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The original's weights under our names, ready for `network.load_state_dict`.
+
+    Args:
+        network: made by `network_from_config` from the configuration of the checkpoint.
+        state: `checkpoint["model"]`; its names may lack the prefix "module.".
+
+    Raises:
+        UserError: a tensor is missing, left over or of another shape; the message names the first.
+    """
+    theirs = _plain_names(state)
+    expected = network.state_dict()
+    converted: dict[str, Tensor] = {}
+    for target, sources, convert in _rules(network):
+        tensors = [_take(theirs, source) for source in sources]
+        if target is None:
+            continue
+        try:
+            converted[target] = convert(*tensors)
+        except (RuntimeError, IndexError):
+            converted[target] = tensors[0]
+        if converted[target].shape != expected[target].shape:
+            raise UserError(
+                f"{sources[0]} of the checkpoint has shape {tuple(tensors[0].shape)}, which does not fit "
+                f"{target} of shape {tuple(expected[target].shape)}: the configuration is not the checkpoint's"
+            )
+    if theirs:
+        raise UserError(
+            f"{next(iter(theirs))} of the checkpoint has no place in the network: the configuration is not its own"
+        )
+    for name in expected:
+        if name not in converted:
+            raise UserError(f"the checkpoint has nothing for {name}: make the network with network_from_config")
+    return converted
+
+
+def ema_state_dict(network: UNet, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The original's averaged weights under our names; arguments and errors as `convert_state_dict`.
+
+    `checkpoint["ema"]["shadow_params"]` is a list without names, in the order of the parameters that are trained: that
+    of `checkpoint["model"]` without the buffer `sigmas` and the Fourier frequencies, which come from there.
+    """
+    model = _plain_names(_checkpoint_part(checkpoint, "model"))
+    averages = list(_checkpoint_part(_checkpoint_part(checkpoint, "ema"), "shadow_params"))
+    fixed = ["all_modules.0.W"] if network.settings.embedding == "fourier" else []
+    trained = [name for name in model if name not in fixed]
+    if len(trained) != len(averages):
+        raise UserError(f"the checkpoint averages {len(averages)} tensors but its model trains {len(trained)}")
+    averaged = dict(zip(trained, averages, strict=True))
+    return convert_state_dict(network, {name: averaged.get(name, model[name]) for name in model})
+
+
+def original_order(network: UNet) -> Iterator[nn.Module | None]:
+    """The layers of `network` in the order of the original's `all_modules`.
+
+    None stands for the Fourier frequencies of a network that is not told the noise level: the original has them all the
+    same. Resampling between blocks takes an index with or without weights; resampling of the pyramids of pictures,
+    which has none, is not in the list.
+    """
+    embedding = network.embedding
+    if network.settings.embedding == "fourier":
+        yield embedding.features
+    if embedding.features is not None:
+        yield from (embedding.linear_1, embedding.linear_2)
+    yield network.input
+    for level in network.down:
+        assert isinstance(level, DownLevel)
+        for block, attention in zip(level.blocks, level.attentions, strict=True):
+            yield block
+            yield from _if_attention(attention)
+        if level.down is not None:
+            yield level.down
+        yield from _pyramid_order(level.input_pyramid)
+    yield from (network.middle.block_1, network.middle.attention, network.middle.block_2)
+    for level in network.up:
+        assert isinstance(level, UpLevel)
+        yield from level.blocks
+        yield from _if_attention(level.attention)
+        yield from _pyramid_order(level.output_pyramid)
+        if level.up is not None:
+            yield level.up
+    if network.output is not None:
+        yield from _head_order(network.output)
+
+
+def _if_attention(module: nn.Module) -> Iterator[nn.Module]:
+    if isinstance(module, SelfAttention):
+        yield module
+
+
+def _head_order(head: Head) -> Iterator[nn.Module]:
+    yield from (head.norm, head.conv)
+
+
+def _pyramid_order(pyramid: nn.Module | None) -> Iterator[nn.Module]:
+    if isinstance(pyramid, InputSkip):
+        yield pyramid
+    elif isinstance(pyramid, InputResidual):
+        yield pyramid.shrink
+    elif isinstance(pyramid, OutputSkip):
+        yield from _head_order(pyramid.head)
+    elif isinstance(pyramid, OutputResidual):
+        if pyramid.grow is not None:
+            yield pyramid.grow
+        if pyramid.head is not None:
+            yield from _head_order(pyramid.head)
+
+
+class Rule(NamedTuple):
+    """One of our tensors and what it is made of: `target = convert(*sources)`; None for what we do not use."""
+
+    target: str | None
+    sources: tuple[str, ...]
+    convert: Callable[..., Tensor]
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _concatenate(*tensors: Tensor) -> Tensor:
+    return torch.cat(tensors)
+
+
+def _matrices_to_conv(*matrices: Tensor) -> Tensor:
+    """(in, out) matrices to the weight (out + out + ..., in, 1, 1) of one 1x1 convolution."""
+    return torch.cat([matrix.t() for matrix in matrices])[:, :, None, None]
+
+
+def _correlation_to_transposed(weight: Tensor) -> Tensor:
+    """(out, in, 3, 3) of a correlation to (in, out, 3, 3) of the transposed convolution that equals it."""
+    return weight.flip(2, 3).transpose(0, 1)
+
+
+def _pair(target: str, source: str) -> list[Rule]:
+    """Weight and bias of a layer that is the same on both sides."""
+    target, source = (f"{name}." if name else "" for name in (target, source))
+    return [Rule(f"{target}{kind}", (f"{source}{kind}",), _same) for kind in ("weight", "bias")]
+
+
+def _nin(target: str, *sources: str) -> list[Rule]:
+    """A 1x1 convolution of ours, which stacks one or more of the original's matrices."""
+    return [
+        Rule(f"{target}.weight", tuple(f"{source}.W" for source in sources), _matrices_to_conv),
+        Rule(f"{target}.bias", tuple(f"{source}.b" for source in sources), _concatenate),
+    ]
+
+
+def _residual_rules(block: ResidualBlock, kind: str) -> list[Rule]:
+    rules = _pair("norm_1", "GroupNorm_0") + _pair("conv_1", "Conv_0")
+    condition = _pair("condition", "Dense_0")
+    if block.condition is None:
+        condition = [rule._replace(target=None) for rule in condition]
+    rules += condition + _pair("norm_2", "GroupNorm_1") + _pair("conv_2", "Conv_1")
+    if block.shortcut is not None:
+        rules += _nin("shortcut", "NIN_0") if kind == "ddpm" else _pair("shortcut", "Conv_2")
+    return rules
+
+
+def _fir_up_rules() -> list[Rule]:
+    return [
+        Rule("conv.weight", ("Conv2d_0.weight",), _correlation_to_transposed),
+        Rule("bias", ("Conv2d_0.bias",), _same),
+    ]
+
+
+_LAYER_RULES: dict[type[nn.Module], list[Rule]] = {
+    nn.Linear: _pair("", ""),
+    nn.Conv2d: _pair("", ""),
+    nn.GroupNorm: _pair("", ""),
+    FourierFeatures: [Rule("frequencies", ("W",), _same)],
+    SelfAttention: _pair("norm", "GroupNorm_0")
+    + _nin("query_key_value", "NIN_0", "NIN_1", "NIN_2")
+    + _nin("output", "NIN_3"),
+    ConvDownsample: _pair("conv", "Conv_0"),
+    ConvUpsample: _pair("conv", "Conv_0"),
+    FIRConvDownsample: _pair("conv", "Conv2d_0"),
+    FIRConvUpsample: _fir_up_rules(),
+    InputSkip: _pair("conv", "Conv_0"),
+}
+
+
+def _rules(network: UNet) -> Iterator[Rule]:
+    """The rules of all layers, with full names on both sides."""
+    prefixes = {id(module): name for name, module in network.named_modules()}
+    for index, module in enumerate(original_order(network)):
+        if module is None:
+            rules = [Rule(None, ("W",), _same)]
+        elif isinstance(module, ResidualBlock):
+            rules = _residual_rules(module, network.settings.block)
+        else:
+            rules = _LAYER_RULES.get(type(module), [])
+        for target, sources, convert in rules:
+            full = None if target is None else f"{prefixes[id(module)]}.{target}"
+            yield Rule(full, tuple(f"all_modules.{index}.{source}" for source in sources), convert)
+
+
+def _take(theirs: dict[str, Tensor], name: str) -> Tensor:
+    if name not in theirs:
+        raise UserError(f"the checkpoint has no {name}: the configuration is not the checkpoint's")
+    return theirs.pop(name)
+
+
+def _plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefix "module." and without `sigmas`, which follows from the configuration."""
+    plain = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return {name: tensor for name, tensor in plain.items() if name != "sigmas"}
+
+
+def _checkpoint_part(checkpoint: Any, name: str) -> Any:
+    if not isinstance(checkpoint, Mapping) or name not in checkpoint:
+        raise UserError(f"this is not a checkpoint of score_sde_pytorch: it has no '{name}'")
+    return checkpoint[name]
+
+
+def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    section = config.get(name)
+    return {} if section is None else dict(section.items())
+
+
+def _required(model: Mapping[str, Any], key: str) -> Any:
+    if key not in model:
+        raise UserError(f"the configuration has no model.{key}: give the one that the network was trained with")
+    return model[key]
