@@ -100,8 +100,8 @@ class SDE(ABC):
         return self.t_of_log_snr(-2 * torch.log(as_tensor(noise_level)))
 
     def drift(self, x: Tensor, t: Time) -> Tensor:
-        """f(t) x, of the shape of `x` (B, ...)."""
-        return expand(self.f(t), x) * x
+        """f(t) x, of the shape and type of `x` (B, ...)."""
+        return expand(self.f(t), x).to(x.dtype) * x
 
     def diffusion(self, t: Time) -> Tensor:
         """g(t), of the shape of `t`: noise enters every dimension alike."""
@@ -109,17 +109,19 @@ class SDE(ABC):
 
     def marginal(self, x0: Tensor, t: Time) -> tuple[Tensor, Tensor]:
         """Mean (B, ...) and standard deviation (shape of `t`) of x_t given `x0` (B, ...)."""
-        return expand(self.alpha(t), x0) * x0, self.sigma(t)
+        return expand(self.alpha(t), x0).to(x0.dtype) * x0, self.sigma(t)
 
     def perturb(self, x0: Tensor, t: Time, noise: Tensor) -> Tensor:
-        """x_t = alpha(t) x0 + sigma(t) noise, for `x0` and `noise` of the same shape (B, ...)."""
-        return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * noise
+        """x_t = alpha(t) x0 + sigma(t) noise, for `x0` and `noise` of the same shape (B, ...) and type."""
+        alpha, sigma = (expand(c, x0).to(x0.dtype) for c in (self.alpha(t), self.sigma(t)))
+        return alpha * x0 + sigma * noise
 
     def transition(self, s: Time, t: Time) -> tuple[Tensor, Tensor]:
         """(a, b) of the kernel x_t | x_s ~ N(a x_s, b^2 I), s <= t.
 
-        a = alpha_t / alpha_s and b^2 = sigma_t^2 - a^2 sigma_s^2, written as -sigma_t^2 expm1(log_snr_t - log_snr_s)
-        so that nothing cancels when s is close to t. s may be 0: the kernel from data itself.
+        a = alpha_t / alpha_s and b^2 = sigma_t^2 - a^2 sigma_s^2, written as -sigma_t^2 expm1(log_snr_t - log_snr_s),
+        which cannot turn negative; what it loses when s is close to t is the rounding of the two log-SNRs relative to
+        their difference. s may be 0: the kernel from data itself.
         """
         s, t = as_tensor(s), as_tensor(t)
         a = torch.exp(self.log_alpha(t) - self.log_alpha(s))
@@ -187,7 +189,8 @@ class LinearBeta:
 
     def t_of_integral(self, b: Tensor) -> Tensor:
         """The time at which the integral has the value `b`."""
-        return 2 * b / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * self.slope * b))
+        twice_rate = self.beta_min + torch.sqrt(self.beta_min**2 + 2 * self.slope * b)
+        return 2 * b / twice_rate.clamp_min(torch.finfo(b.dtype).tiny)  # not 0 / 0 when beta_min and b are 0
 
 
 @register("vp")
