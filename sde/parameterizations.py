@@ -79,7 +79,7 @@ class Parameterization(ABC):
 
     noise_label: str
     cancels: bool = False
-    """Whether x_t and F nearly cancel in eps and score at small noise, so that `Row.rest` is worth its cost."""
+    """Whether x_t and F nearly cancel in eps, score and v at small noise, so that `Row.rest` is worth its cost."""
 
     @abstractmethod
     def direction(self, sde: SDE, t: Time) -> tuple[Tensor, Tensor]:
@@ -106,14 +106,15 @@ class Parameterization(ABC):
         if output == "denoised":
             return Row(q / det, -sigma / det)
         if output == "eps":
-            return Row(-p / det, alpha / det, self._rest(sde, t, -p / det, alpha / det))
+            return Row(-p / det, alpha / det, self._rest(output, sde, t, -p / det, alpha / det))
         if output == "score":
             x, f = p / (sigma * det), -alpha / (sigma * det)
-            return Row(x, f, self._rest(sde, t, x, f))
+            return Row(x, f, self._rest(output, sde, t, x, f))
         check_choice("output", output, OUTPUTS)
-        return Row(-(alpha * p + sigma * q) / det, (alpha**2 + sigma**2) / det)
+        x, f = -(alpha * p + sigma * q) / det, (alpha**2 + sigma**2) / det
+        return Row(x, f, self._rest(output, sde, t, x, f))
 
-    def _rest(self, sde: SDE, t: Time, x: Tensor, f: Tensor) -> Tensor | None:
+    def _rest(self, output: str, sde: SDE, t: Time, x: Tensor, f: Tensor) -> Tensor | None:
         return x + f if self.cancels else None
 
     def check(self) -> None:
@@ -165,9 +166,10 @@ class X0(Parameterization):
         t = as_tensor(t)
         return torch.ones_like(t), torch.zeros_like(t)
 
-    def _rest(self, sde: SDE, t: Time, x: Tensor, f: Tensor) -> Tensor:
-        # x + f is x (1 - alpha), and 1 - alpha has its digits only when written with expm1
-        return -x * torch.expm1(sde.log_alpha(t))
+    def _rest(self, output: str, sde: SDE, t: Time, x: Tensor, f: Tensor) -> Tensor:
+        # x + f is x (1 - alpha), less sigma for v, and 1 - alpha has its digits only when written with expm1
+        rest = -x * torch.expm1(sde.log_alpha(t))
+        return rest - sde.sigma(t) if output == "v" else rest
 
 
 @register("v")

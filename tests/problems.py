@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -253,7 +254,7 @@ class Fixed(nn.Module):
 def slopes(error: Callable[[int], float], counts: list[int]) -> list[float]:
     """Observed orders log2(e_n / e_2n) for `counts` that double."""
     errors = [error(n) for n in counts]
-    return [float(np.log2(a / b)) for a, b in zip(errors, errors[1:], strict=False)]
+    return [float(np.log2(a / b)) for a, b in pairwise(errors)]
 
 
 def observed_order(error: Callable[[int], float], counts: list[int]) -> tuple[float, float]:
