@@ -85,7 +85,8 @@ class Denoiser(AbstractDenoiser):
         """The network's own output F(c_in x, c_noise), in the type of `x`."""
         if isinstance(t, Tensor):
             c_in = self.parameterization.c_in(self.sde, _exact(t))
-            c_noise = self.parameterization.c_noise(self.sde, _exact(t), self.label_kind)
+            # In the type of t, as other implementations do: Fourier features tell the last bit of a label apart.
+            c_noise = self.parameterization.c_noise(self.sde, t, self.label_kind)
             c_noise = c_noise.to(x.device, x.dtype).expand(x.shape[0])
             scaled = x * expand(c_in.to(x.dtype), x)
         else:
@@ -170,7 +171,7 @@ class GaussianMixtureDenoiser(AbstractDenoiser):
 
     def _components(self, x: Tensor, t: Time) -> tuple[Tensor, ...]:
         """Logits (B, K) of the components; x - alpha m and the variances along each component's axes (B, K, D)."""
-        t = as_tensor(t)
+        t = _exact(as_tensor(t))
         alpha, sigma = (c.to(x.device, x.dtype).reshape(-1, 1, 1) for c in (self.sde.alpha(t), self.sde.sigma(t)))
         offset = x.flatten(1)[:, None, :] - alpha * self.means
         along = offset if self.axes is None else torch.einsum("bkd,kde->bke", offset, self.axes)
