@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import sde.data
 import sde.grids
+import sde.interop.chains
 import sde.losses
 import sde.models
 import sde.parameterizations
@@ -90,7 +91,7 @@ def build(node: Mapping[str, Any], group: str, **runtime: Any) -> Any:
     if not isinstance(node, Mapping) or "_target_" not in node:
         raise UserError(f"{group}={node!r} has no _target_: choose one of the files in {conf_dir() / group}")
     cls = find_class(str(node["_target_"]), group)
-    hints = typing.get_type_hints(cls.__init__)
+    hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
     parameters = inspect.signature(cls).parameters
     arguments = {}
     for name, value in node.items():

@@ -241,11 +241,10 @@ class VP(SDE):
         if n < 2:
             raise UserError(f"steps={n} is too few for DDPM's chain: take at least 2")
         beta = float(self.beta.rate(math.floor(t / self.T * (n - 1)) / (n - 1) * self.T)) * self.T / n
-        return Discretization(
-            decay=math.sqrt(1 - beta) if beta <= 1 else math.nan,
-            spread=math.sqrt(beta),
-            ancestral_spread=math.sqrt(beta),
-        )
+        if beta > 1:
+            least = math.ceil(self.beta_max * self.T)
+            raise UserError(f"steps={n} is too few for DDPM's chain, whose beta would exceed 1: take at least {least}")
+        return Discretization(math.sqrt(1 - beta), spread=math.sqrt(beta), ancestral_spread=math.sqrt(beta))
 
 
 @register("subvp")
@@ -326,7 +325,7 @@ class VE(SDE):
         return 0 * as_tensor(t)
 
     def sigma(self, t: Time) -> Tensor:
-        return self.sigma_min * torch.exp(self._rate * as_tensor(t))
+        return self.sigma_min * (self.sigma_max / self.sigma_min) ** (as_tensor(t) / self.T)
 
     def f(self, t: Time) -> Tensor:
         return 0 * as_tensor(t)

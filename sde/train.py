@@ -147,6 +147,8 @@ def hooks(
 ) -> Hooks:
     """What the loop calls to log, validate, preview and save."""
     info = dataset.info
+    if isinstance(config["preview_solver"], str):
+        raise UserError(f"preview_solver={config['preview_solver']}: write solver@preview_solver=... to choose it")
     validation = Validation(dataset, trainer.options, trainer.device, labeled)
     solver: Solver = build(config["preview_solver"], "solver")
     times = make_times(solver, trainer.denoiser, GRIDS.get(solver.grid_name)(), config["preview_steps"])

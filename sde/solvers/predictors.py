@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from sde.errors import UserError
 from sde.processes import SDE, Discretization
 
 
@@ -51,6 +52,8 @@ def reverse_diffusion(kernel: Discretization) -> LinearStep:
 def ancestral(kernel: Discretization) -> LinearStep:
     """x_s from its law given x_t and the denoised x_0 (arXiv 2006.11239): (x + b^2 score) / a plus noise."""
     a, b = kernel.decay, kernel.spread
+    if a <= 0:
+        raise UserError("the steps are too long for the ancestral predictor, which divides by their decay: take more")
     return LinearStep(1 / a, b * b / a, kernel.ancestral_spread, a)
 
 

@@ -1,0 +1,156 @@
+"""Models of yang-song/score_sde_pytorch: their checkpoints as denoisers, and as runs to sample from.
+
+    denoiser = load("checkpoint_8.pth", "config.json")                    # averaged weights
+    python -m sde.interop.score_sde checkpoint=checkpoint_8.pth config=config.json
+
+The configuration is the original's, as JSON: `json.dump(config.to_dict(), file)` where it was made. What the original
+does with a network's output depends on how it was trained:
+
+    VP, sub-VP, continuous   score = -F(x, 999 t) / sigma(t)
+    VP, discrete             score = -F(x, (n - 1) t) / sigma_i                      (`chains.DDPMChain`)
+    VE, continuous           score = F(x, sigma(t))
+    VE, discrete             score = F(x, round((1 - t) (n - 1)))                    (`chains.SMLDChain`)
+
+`solver=pc solver.discretization=score_sde solver.final=mean` then samples as the original does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sde.cli import output_dir, run_command
+from sde.config import build, path_of
+from sde.data import DataInfo
+from sde.denoiser import Denoiser
+from sde.errors import UserError, check_choice
+from sde.interop import chains
+from sde.interop.score_sde_weights import (
+    convert_state_dict,
+    ema_state_dict,
+    network_from_config,
+    read_checkpoint,
+    settings_from_config,
+)
+from sde.models import MODELS
+from sde.parameterizations import Eps, Parameterization, Score
+from sde.processes import SDE, VE, VP, SubVP
+from sde.runs import Run
+from sde.training.checkpoint import list_checkpoints, save_checkpoint
+
+_HOW = "write it with json.dump(config.to_dict(), file)"
+_SDES = {"vpsde": VP, "subvpsde": SubVP, "vesde": VE}
+
+
+def load(checkpoint: str | Path, config: str | Path | Mapping[str, Any], ema: bool = True) -> Denoiser:
+    """The denoiser that a checkpoint of the original holds, in evaluation mode, on the CPU.
+
+    Args:
+        checkpoint: a file with "model" and "ema", as the original writes; nothing in it is executed.
+        config: its configuration: a JSON file, or nested dictionaries.
+        ema: the averaged weights, rather than the last ones.
+
+    Raises:
+        UserError: when a file is missing or damaged, or the weights do not fit the configuration.
+    """
+    settings = config if isinstance(config, Mapping) else read_config(config)
+    content = read_checkpoint(checkpoint)
+    network = network_from_config(settings)
+    weights = ema_state_dict(network, content) if ema else convert_state_dict(network, content["model"])
+    network.load_state_dict(weights)
+    denoiser = Denoiser(network, sde_from_config(settings), parameterization_from_config(settings))
+    return denoiser.eval().requires_grad_(False)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The original's configuration from a JSON file.
+
+    Raises:
+        UserError: when there is no such file or it is not JSON.
+    """
+    try:
+        config = json.loads(Path(path).expanduser().read_text())
+    except FileNotFoundError:
+        raise UserError(f"config={path} does not exist: give the original's configuration as a JSON file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"config={path} is not JSON ({error}): write it with json.dump(config.to_dict(), file)"
+        ) from None
+    if not isinstance(config, dict):
+        raise UserError(f"config={path} is not a configuration: write it with json.dump(config.to_dict(), file)")
+    return config
+
+
+def sde_from_config(config: Mapping[str, Any]) -> SDE:
+    """The forward process of an original configuration."""
+    training, model = config.get("training", {}), config.get("model", {})
+    name = str(training.get("sde", "")).lower()
+    check_choice("training.sde of the configuration", name, _SDES)
+    if name == "vesde":
+        return VE(sigma_min=float(model.get("sigma_min", 0.01)), sigma_max=float(model.get("sigma_max", 50)))
+    rates = {"beta_min": float(model.get("beta_min", 0.1)), "beta_max": float(model.get("beta_max", 20))}
+    return VP(**rates) if name == "vpsde" else SubVP(**rates)
+
+
+def parameterization_from_config(config: Mapping[str, Any]) -> Parameterization:
+    """What the network of an original configuration predicts, and which label it is told."""
+    training, model = config.get("training", {}), config.get("model", {})
+    name = str(training.get("sde", "")).lower()
+    continuous = bool(training.get("continuous", True))
+    n = int(model.get("num_scales", 1000))
+    if name == "vesde":
+        return Score(noise_label="sigma") if continuous else chains.SMLDChain(n=n)
+    if name == "vpsde" and not continuous:
+        return chains.DDPMChain(n=n)
+    return Eps(noise_label="time")
+
+
+def info_from_config(config: Mapping[str, Any]) -> DataInfo:
+    """The facts about the data of an original configuration."""
+    data = config.get("data", {})
+    _, _, shape = settings_from_config(config)
+    low = -1.0 if data.get("centered", False) else 0.0
+    return DataInfo(name=str(data.get("dataset", "score_sde")).lower(), shape=shape, low=low, high=1.0)
+
+
+def run_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a run's configuration that sampling needs."""
+    name, settings, _ = settings_from_config(config)
+    sde, parameterization = sde_from_config(config), parameterization_from_config(config)
+
+    def node(value: Any) -> dict[str, Any]:
+        return {"_target_": path_of(type(value)), **vars(value)}
+
+    listed = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+    return {
+        "sde": node(sde),
+        "parameterization": node(parameterization),
+        "model": {"_target_": path_of(MODELS.get(name)), **listed},
+        "conditional": False,
+    }
+
+
+def import_run(config: dict[str, Any]) -> None:
+    """Write a run folder from `checkpoint` and `config`."""
+    run = Run(Path(output_dir()))
+    original = read_config(config["config"])
+    content = read_checkpoint(Path(config["checkpoint"]).expanduser())
+    network = network_from_config(original)
+    settings, info = run_config(original), info_from_config(original)
+    build(settings["model"], "model", shape=info.shape)  # what sampling will do
+    weights = {"model": convert_state_dict(network, content["model"]), "ema": ema_state_dict(network, content)}
+    if list_checkpoints(run.checkpoints):
+        raise UserError(f"{run.path} holds a run already: choose another hydra.run.dir")
+    run.write_beginning(settings, info, torch.device("cpu"))
+    step = int(content.get("step", 0))
+    path = save_checkpoint(run.checkpoints, {"step": step, "config": settings, "data": info.to_dict(), **weights})
+    print(f"checkpoint {path}")
+    print(f"draw samples with: python -m sde.sample run={run.path}")
+
+
+if __name__ == "__main__":
+    run_command("score_sde", import_run)
