@@ -122,7 +122,8 @@ class Explicit(Grid):
         if (self.times is None) == (self.noise_levels is None):
             raise UserError("the explicit grid takes either grid.times or grid.noise_levels: give exactly one")
         values = self._values
-        if len(values) < 2 or any(b >= a for a, b in pairwise(values)) or values[-1] < 0:
+        falls = all(math.inf > a > b >= 0 for a, b in pairwise(values))  # false for NaN too
+        if len(values) < 2 or not falls:
             raise UserError(f"the explicit grid {list(values)} must be at least two decreasing values, none negative")
 
     @property
@@ -144,7 +145,12 @@ class Explicit(Grid):
             raise UserError(f"steps={steps} does not fit the explicit grid of {len(times)} times: leave steps out")
         if times[0] > sde.T * (1 + 1e-9):
             raise UserError(f"the explicit grid starts at t={times[0]:g}, beyond T={sde.T:g} of the SDE")
-        return times
+        if times[-1] < -1e-9 * sde.T:
+            raise UserError(
+                f"the explicit grid ends at a noise level of {self._values[-1]:g}, below the SDE's smallest, "
+                f"{float(sde.noise_level(0.0)):g}"
+            )
+        return [*times[:-1], max(times[-1], 0.0)]
 
 
 @register("score_sde")

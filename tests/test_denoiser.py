@@ -222,7 +222,7 @@ def test_samples_have_the_density_of_the_mixture() -> None:
 @every_sde
 def test_a_time_is_a_number_or_a_tensor(sde: SDE) -> None:
     law = mixture().denoiser(sde)
-    network = Denoiser(RandomNetwork(2, dtype=F64), sde, Eps())
+    network = Denoiser(RandomNetwork(2, dtype=F64), sde, Eps()).requires_grad_(False)
     x = normal(4, 2)
     for t in (sde.t_min, 0.4 * sde.T, sde.T):
         for denoiser in (law, network):
@@ -236,7 +236,7 @@ def test_a_time_is_a_number_or_a_tensor(sde: SDE) -> None:
 @pytest.mark.parametrize("parameterization", parameterizations())
 @every_sde
 def test_networks_see_one_time_in_every_form(sde: SDE, parameterization: Parameterization) -> None:
-    denoiser = Denoiser(RandomNetwork(6, dtype=F64), sde, parameterization)
+    denoiser = Denoiser(RandomNetwork(6, dtype=F64), sde, parameterization).requires_grad_(False)
     x = normal(3, 6)
     for t in (sde.t_min, 0.4 * sde.T, sde.T):
         for name in OUTPUTS:

@@ -149,7 +149,7 @@ class Solver(ABC):
     def _checked(self, process: ReverseProcess, times: Sequence[float], noise: Noise | None) -> list[float]:
         """The grid, after everything that can be wrong with it has been looked at."""
         times = [float(t) for t in times]
-        if len(times) < 2 or any(s >= t for t, s in pairwise(times)) or times[-1] < 0:
+        if len(times) < 2 or not all(t > s >= 0 for t, s in pairwise(times)):  # NaN does not pass
             raise UserError("the time grid must be at least two decreasing times, none negative")
         if self.final == "tweedie" and float(process.sde.sigma(times[-1])) == 0:
             raise UserError(
