@@ -145,7 +145,8 @@ class DenoisingScoreMatching:
         return speed * shares.to(t.device)[cell] * _CELLS / (high - low)
 
     def _normal_cdf(self, log_level: float) -> float:
-        return 0.5 * (1 + math.erf((log_level - self.log_normal_mean) / self.log_normal_std / math.sqrt(2)))
+        # erfc keeps the digits of the lower tail, where 1 + erf rounds to 0
+        return 0.5 * math.erfc((self.log_normal_mean - log_level) / self.log_normal_std / math.sqrt(2))
 
     def draw_times(self, sde: SDE, n: int, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
         """`n` times, float64 (n,)."""
