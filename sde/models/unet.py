@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sde.errors import UserError
-from sde.models.base import check_count, check_shape
+from sde.models.base import MODELS, check_count, check_shape
 from sde.models.embeddings import ConditionEmbedding, FourierFeatures, NoiseScales, SinusoidalFeatures
 from sde.models.layers import ACTIVATIONS, conv
 from sde.models.levels import DownLevel, Middle, Parts, UpLevel
@@ -42,7 +42,7 @@ class UNet(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], num_classes: int, settings: UNetSettings) -> None:
         super().__init__()
-        check_shape("unet", shape, "CHW")
+        check_shape(MODELS.name_of(type(self)), shape, "CHW")
         check_count("num_classes", num_classes, at_least=0)
         self.settings = settings
         self.shape = shape
