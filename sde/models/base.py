@@ -12,6 +12,7 @@ with `x` (B, *shape), `noise` (B,) the noise label and `label` (B,) int64 class 
     "time"       999 t / T, for sinusoidal embeddings
     "sigma"      the noise level sigma(t) / alpha(t) > 0
     "log_sigma"  log(sigma(t) / alpha(t)) / 4
+    "index"      index of a noise level of a discrete chain, 0 for the noisiest (`parameterization=smld_chain` gives it)
 
 With `num_classes` > 0 the label `num_classes` means "no label", and so does `label=None`; dropping labels in training
 teaches a model both (arXiv 2207.12598).

@@ -29,8 +29,8 @@ class DDPM(UNet):
         activation: "swish", "elu", "relu" or "lrelu" (slope 0.2).
         resample_with_conv: resample with a learned 3x3 convolution, not by averaging and repeating pixels alone.
         centered: whether data is in [-1, 1]; otherwise it is in [0, 1] and the network maps x to 2x - 1.
-        scale_by_sigma: divide the output by the noise level, and tell the network the index of the nearest of
-            `num_scales` noise levels instead of the time.
+        scale_by_sigma: divide the output by the noise level; the network is told the index of that level in a
+            geometric progression instead of the time, 0 for the highest (`parameterization=smld_chain`).
         sigma_min: lowest noise level of `scale_by_sigma`.
         sigma_max: highest noise level of the same.
         num_scales: number of noise levels of the same, in geometric progression.

@@ -154,11 +154,6 @@ class NoiseScales:
         self.log_ratio = math.log(sigma_min / sigma_max)
 
     def sigma(self, index: Tensor) -> Tensor:
-        """Noise level of an index, of the same shape; integer indices give float32."""
-        index = index if index.is_floating_point() else index.to(torch.float32)
+        """Noise level of an index (rounded down), of the same shape, in float32 or better."""
+        index = _at_least_float32(index).floor()
         return self.sigma_max * torch.exp(index * (self.log_ratio / (self.count - 1)))
-
-    def index(self, sigma: Tensor) -> Tensor:
-        """Index of the level closest in ratio to `sigma`, a whole number in the type of `sigma`."""
-        position = torch.log(sigma / self.sigma_max) * ((self.count - 1) / self.log_ratio)
-        return position.round().clamp(0, self.count - 1)

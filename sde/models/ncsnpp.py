@@ -46,7 +46,8 @@ class NCSNpp(UNet):
         progressive_input: how levels see the input: "none", "input_skip" or "residual".
         progressive_combine: how "input_skip" joins it: "sum" or "cat".
         centered: whether data is in [-1, 1]; otherwise it is in [0, 1] and the network maps x to 2x - 1.
-        scale_by_sigma: divide the output by the noise level.
+        scale_by_sigma: divide the output by the noise level; with positional embedding the network is told the index
+            of that level in a geometric progression, 0 for the highest (`parameterization=smld_chain`).
         sigma_min: lowest noise level of positional embedding with `scale_by_sigma`.
         sigma_max: highest noise level of the same.
         num_scales: number of noise levels of the same, in geometric progression.

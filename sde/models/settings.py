@@ -39,7 +39,7 @@ class UNetSettings:
         centered: whether data is in [-1, 1]; otherwise it is in [0, 1] and the network maps x to 2x - 1.
         scale_by_sigma: divide the output by the noise level.
         sigma_min, sigma_max, num_scales: the noise levels, in geometric progression, of a network with
-            `scale_by_sigma` and positional embedding, which is told the index of the nearest, 0 for `sigma_max`.
+            `scale_by_sigma` and positional embedding, which is told an index into them, 0 for `sigma_max`.
     """
 
     channels: int

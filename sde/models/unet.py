@@ -33,8 +33,8 @@ class UNet(nn.Module):
         settings: what kind of U-Net.
 
     Attributes:
-        noise_label: "sigma" when the noise level itself is needed (Fourier features, which take its logarithm, and
-            `scale_by_sigma`), otherwise "time".
+        noise_label: "sigma" with Fourier features, which take its logarithm; with positional features "time", or
+            "index" with `scale_by_sigma`, which looks the noise level up.
 
     Raises:
         UserError: a setting out of range, or a shape or number of channels that cannot be divided.
@@ -47,7 +47,8 @@ class UNet(nn.Module):
         self.settings = settings
         self.shape = shape
         self.num_classes = num_classes
-        self.noise_label = "sigma" if settings.embedding == "fourier" or settings.scale_by_sigma else "time"
+        positional = "index" if settings.scale_by_sigma else "time"
+        self.noise_label = "sigma" if settings.embedding == "fourier" else positional
         self.scales = NoiseScales(settings.sigma_min, settings.sigma_max, settings.num_scales)
         self.embedding = self._make_embedding()
         self._make_levels(Parts(settings, shape[0], None if self.embedding.is_empty else 4 * settings.channels))
@@ -109,8 +110,8 @@ class UNet(nn.Module):
             noise: (B,), the number that `noise_label` names.
             label: class labels (B,) int64, `num_classes` for "no label"; None for "no label" throughout.
         """
-        sigma, noise = self._noise(noise)
-        embedding = self.embedding(noise, label)
+        fourier = self.settings.embedding == "fourier"
+        embedding = self.embedding(torch.log(noise) if fourier else noise, label)
         h = pyramid = x if self.settings.centered else 2 * x - 1
 
         skips = [self.input(h)]
@@ -126,14 +127,7 @@ class UNet(nn.Module):
         assert result is not None
 
         y = result.to(x.dtype)
-        return y if sigma is None else y / sigma.to(x.dtype)[:, None, None, None]
-
-    def _noise(self, noise: Tensor) -> tuple[Tensor | None, Tensor]:
-        """The noise level (B,) to divide by, if any, and the number (B,) to embed."""
-        settings = self.settings
-        if settings.embedding == "fourier":
-            return (noise if settings.scale_by_sigma else None), torch.log(noise)
-        if settings.scale_by_sigma:
-            index = self.scales.index(noise)
-            return self.scales.sigma(index), index
-        return None, noise
+        if self.settings.scale_by_sigma:
+            sigma = noise if fourier else self.scales.sigma(noise)
+            y = y / sigma.to(x.dtype)[:, None, None, None]
+        return y
