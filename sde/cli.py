@@ -7,11 +7,13 @@ permission). Ctrl-C leaves with 130. Anything else is a fault of the package and
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -49,14 +51,26 @@ def run_command(name: str, command: Command) -> None:
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here whole, and are made readable here
 
+    failures: list[BaseException] = []
+    folders: list[Path] = []
+
     @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)
     def entry(config: DictConfig) -> None:
-        settings = plain(config)
-        import_plugins(settings.pop("plugins", None) or [])
-        command(settings)
+        if failures:  # an earlier job of a multirun
+            return
+        folders.append(Path(output_dir()))
+        try:
+            settings = plain(config)
+            import_plugins(settings.pop("plugins", None) or [])
+            command(settings)
+        except BaseException as error:  # Hydra would print lines of its own before passing it on
+            failures.append(error)
 
     try:
         entry()
+        if failures:
+            _remove_empty(folders)
+            raise failures[0]
     except UserError as error:
         _leave(str(error), 2)
     except Interrupted as stop:
@@ -77,6 +91,15 @@ def _leave(sentence: str, code: int, prefix: str = "error: ") -> None:
     sys.exit(code)
 
 
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove the folders that Hydra made for commands that came to nothing, where nothing was written to them."""
+    for folder in folders:
+        for path in (folder, folder.parent):
+            if path.resolve() not in Path.cwd().resolve().parents and path.resolve() != Path.cwd().resolve():
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+
+
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
@@ -90,7 +113,7 @@ def explain_os(error: OSError) -> str:
         return (
             f"no permission for{where or ' a file'}: choose a folder that you may write, such as hydra.run.dir=FOLDER"
         )
-    return f"{error.strerror or _first_line(error)}{':' + where if where else ''}"
+    return f"{error.strerror or _first_line(error)}{':' + where if where else ''}: check the path"
 
 
 def explain_hydra(message: str, name: str) -> str:
@@ -121,9 +144,10 @@ def _compact(message: str) -> str:
 
 
 def _defaults(name: str) -> Mapping[str, Any]:
-    """The composed configuration without overrides."""
+    """The composed configuration with the chosen files of each group, and no other overrides."""
+    groups = [word for word in sys.argv[1:] if (conf_dir() / word.split("=", 1)[0].split("@")[0]).is_dir()]
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = OmegaConf.to_container(hydra.compose(name), resolve=False)
+        config = OmegaConf.to_container(hydra.compose(name, overrides=groups), resolve=False)
     assert isinstance(config, dict)
     return {str(key): value for key, value in config.items()}
 

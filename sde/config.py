@@ -144,8 +144,14 @@ def conform(name: str, value: Any, hint: Any) -> Any:
         if isinstance(value, str | int | float) and not isinstance(value, bool):
             return str(value)
         raise UserError(f"{name}={value!r} must be a word")
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+        raise UserError(f"{name}={value!r} is not one of {', '.join(str(choice) for choice in arguments)}")
     if origin in (tuple, list) or (inspect.isclass(origin) and issubclass(origin, Sequence)):
         return _conform_sequence(name, value, origin, arguments)
+    if inspect.isclass(hint) and hint is not Any and not isinstance(value, hint):
+        raise UserError(f"{name}={value!r} is not a {hint.__name__}")
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,20 +12,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sde.cli import choices, run_command
 from sde.config import build
 from sde.data import DataInfo
 from sde.denoiser import Denoiser
-from sde.devices import autocast, pick_device
-from sde.errors import UserError, check_number
+from sde.devices import PRECISIONS, autocast, pick_device
+from sde.errors import UserError, check_choice, check_number
 from sde.files import atomic_write, write_json
+from sde.grids import Grid
 from sde.pictures import save_animation, save_grid, save_scatter, save_score_field, scatter, tile
+from sde.progress import progress_bar
 from sde.randomness import sample_seed
 from sde.runs import Run, find_run, open_checkpoint, restore_denoiser
 from sde.sampling import Plan, draw, draw_batch, make_times
 from sde.solvers import Solver
+from sde.training.checkpoint import Checkpoint
 
 _FRAMES = 60  # of a trajectory
 _SHOWN = 256  # pictures in a grid
@@ -42,6 +45,7 @@ def sample(config: dict[str, Any]) -> None:
             raise UserError(f"{name}={config[name]!r} must be a whole number")
         check_number(name, config[name], at_least=1)
     sample_seed(config["seed"], 0)
+    check_choice("precision", config["precision"], PRECISIONS)
     device = pick_device(config["device"])
     solver: Solver = build(config["solver"], "solver")
     grid = None if config["grid"].get("_target_") is None else build(config["grid"], "grid")
@@ -54,37 +58,52 @@ def sample(config: dict[str, Any]) -> None:
     plan = Plan(solver, make_times(solver, denoiser, grid, config["steps"]), info.shape, config["seed"], device)
     labels = class_labels(config["label"], config["n"], denoiser, info)
     folder = output_folder(run, config, solver, plan)
-    started = time.perf_counter()
-    with autocast(device, config["precision"]):
-        samples, nfe = draw_all(denoiser, plan, info, config["n"], config["batch_size"], labels)
-    seconds = time.perf_counter() - started
-    write_samples(folder / "samples.npz", samples, info, labels)
-    write_json(
-        folder / "info.json",
-        {
-            "solver": choices()["solver"],
-            "options": asdict(solver),  # type: ignore[call-overload]  # solvers are dataclasses
-            "grid": choices()["grid"] if grid is not None else solver.grid_name,
-            "steps": None if solver.default_steps is None else len(plan.times) - 1,
-            "times": list(plan.times),
-            "nfe": max(nfe),
-            "nfe_per_batch": nfe,
-            "n": config["n"],
-            "seconds": round(seconds, 3),
-            "seeds": {"seed": config["seed"], "samples": [0, config["n"] - 1]},
-            "batch_size": config["batch_size"],
-            "precision": config["precision"],
-            "device": str(device),
-            "checkpoint": str(checkpoint.path),
-            "ema": config["ema"],
-        },
-    )
-    print(f"{config['n']} samples in {seconds:.1f} s, {max(nfe)} evaluations each, from {checkpoint.path}")
-    draw_pictures(folder, samples, info, denoiser, plan)
-    if config["trajectory"]:
-        draw_trajectory(folder / "trajectory.gif", denoiser, plan, info, min(config["n"], 64), labels)
+    try:
+        started = time.perf_counter()
+        with autocast(device, config["precision"]):
+            samples, nfe = draw_all(denoiser, plan, info, config["n"], config["batch_size"], labels)
+        seconds = time.perf_counter() - started
+        write_samples(folder / "samples.npz", samples, info, labels)
+        write_json(folder / "info.json", describe(config, solver, grid, plan, nfe, seconds, checkpoint))
+        print(f"{config['n']} samples in {seconds:.1f} s, {max(nfe)} evaluations each, from {checkpoint.path}")
+        draw_pictures(folder, samples, info, denoiser, plan)
+        if config["trajectory"]:
+            draw_trajectory(folder / "trajectory.gif", denoiser, plan, info, min(config["n"], 64), labels)
+    finally:
+        with contextlib.suppress(OSError):  # not empty unless the first file could not be written
+            folder.rmdir()
     for file in sorted(folder.iterdir()):
         print(file)
+
+
+def describe(
+    config: dict[str, Any],
+    solver: Solver,
+    grid: Grid | None,
+    plan: Plan,
+    nfe: list[int],
+    seconds: float,
+    checkpoint: Checkpoint,
+) -> dict[str, Any]:
+    """What info.json says: everything that made the samples, and what they cost."""
+    return {
+        "solver": choices()["solver"],
+        "options": asdict(solver),  # type: ignore[call-overload]  # solvers are dataclasses
+        "grid": choices()["grid"] if grid is not None else solver.grid_name,
+        "steps": None if solver.default_steps is None else len(plan.times) - 1,
+        "times": list(plan.times),
+        "nfe": max(nfe),
+        "nfe_per_batch": nfe,
+        "n": config["n"],
+        "seconds": round(seconds, 3),
+        "seeds": {"seed": config["seed"], "samples": [0, config["n"] - 1]},
+        "label": config["label"],
+        "batch_size": config["batch_size"],
+        "precision": config["precision"],
+        "device": str(plan.device),
+        "checkpoint": str(checkpoint.path),
+        "ema": config["ema"],
+    }
 
 
 def locate(config: dict[str, Any]) -> tuple[Run, str]:
@@ -144,7 +163,7 @@ def draw_all(
 ) -> tuple[Tensor, list[int]]:
     """All samples, decoded (uint8 pixels or float32 vectors) on the CPU, and the evaluations of each batch."""
     batches, nfe = [], []
-    with tqdm(total=n, unit="sample", desc="sampling", dynamic_ncols=True, bar_format=_BAR) as bar:
+    with progress_bar(n, unit="sample", desc="sampling", bar_format=_BAR) as bar:
 
         def progress(share: float) -> None:
             bar.update(share * n - bar.n)

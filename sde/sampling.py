@@ -10,10 +10,13 @@ from torch import Tensor
 
 from sde.denoiser import AbstractDenoiser
 from sde.errors import UserError
-from sde.grids import GRIDS, Grid
+from sde.grids import GRIDS, Explicit, Grid
 from sde.randomness import SampleNoise
 from sde.reverse import ReverseProcess
 from sde.solvers import Callback, Solution, Solver
+
+
+_SHOWN_STEPS = 50  # of a trajectory, for a solver that chooses its own
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,12 @@ def make_times(solver: Solver, denoiser: AbstractDenoiser, grid: Grid | None, st
         raise UserError(
             f"steps={steps} means nothing to this solver, which chooses its own: set solver.rtol and solver.atol"
         )
-    if getattr(chosen, "times", None) is not None or getattr(chosen, "noise_levels", None) is not None:
-        return tuple(chosen(denoiser.sde, steps))  # type: ignore[arg-type]  # an explicit grid knows its steps
-    wanted = steps if steps is not None else solver.default_steps
-    return tuple(chosen(denoiser.sde, 50 if wanted is None else wanted))
+    if isinstance(chosen, Explicit):
+        times = chosen(denoiser.sde, steps)
+    else:
+        wanted = steps if steps is not None else solver.default_steps
+        times = chosen(denoiser.sde, _SHOWN_STEPS if wanted is None else wanted)
+    return tuple(solver.check_times(denoiser.sde, times))
 
 
 def draw_batch(

@@ -15,7 +15,6 @@ from sde.config import build
 from sde.data import DataInfo, Dataset, measure_sigma_data
 from sde.devices import pick_device
 from sde.errors import UserError
-from sde.grids import GRIDS
 from sde.pictures import save_grid, save_scatter
 from sde.runs import Run, build_denoiser, find_run
 from sde.sampling import Plan, draw, make_times
@@ -61,6 +60,9 @@ def train(config: dict[str, Any]) -> None:
     device = pick_device(options.device, "training.device")
     dataset: Dataset = build(config["data"], "data")
     measure_auto(config, dataset)
+    if isinstance(config["preview_solver"], str):
+        raise UserError(f"preview_solver={config['preview_solver']}: write solver@preview_solver=... to choose it")
+    solver: Solver = build(config["preview_solver"], "solver")
     torch.manual_seed(options.seed)
     denoiser = build_denoiser(config, dataset.info).to(device)
     if len(dataset.info.shape) == 3:
@@ -78,18 +80,20 @@ def train(config: dict[str, Any]) -> None:
         trainer.load_state(load_newest(run.checkpoints).content)
         if trainer.step >= options.steps:
             raise UserError(f"{run.path} has made all its {options.steps} steps: raise training.steps to go on")
-    else:
-        run.write_beginning(config, dataset.info, device)
+    times = make_times(solver, denoiser, None, config["preview_steps"])
+    plan = Plan(solver, times, dataset.info.shape, options.seed, device)
+    validation = Validation(dataset, options, device, labeled)
+    logger: Logger = build(config["logger"], "logger")
+    run.write_beginning(config, dataset.info, device)
     if options.compile:
         denoiser.network.compile()
     announce(run, trainer, dataset)
-    logger: Logger = build(config["logger"], "logger")
     logger.start(run.path, config, trainer.step)
     metrics = MetricsFile(run.metrics, trainer.step)
     code = 1
     try:
         with StopRequest().listening() as stop:
-            fit(trainer, hooks(run, trainer, config, dataset, metrics, logger, labeled), stop)
+            fit(trainer, hooks(run, trainer, config, dataset, validation, plan, metrics, logger), stop)
         code = 0
     finally:
         metrics.close()
@@ -141,26 +145,21 @@ def hooks(
     trainer: Trainer,
     config: Mapping[str, Any],
     dataset: Dataset,
+    validation: Validation,
+    plan: Plan,
     metrics: MetricsFile,
     logger: Logger,
-    labeled: bool,
 ) -> Hooks:
     """What the loop calls to log, validate, preview and save."""
     info = dataset.info
-    if isinstance(config["preview_solver"], str):
-        raise UserError(f"preview_solver={config['preview_solver']}: write solver@preview_solver=... to choose it")
-    validation = Validation(dataset, trainer.options, trainer.device, labeled)
-    solver: Solver = build(config["preview_solver"], "solver")
-    times = make_times(solver, trainer.denoiser, GRIDS.get(solver.grid_name)(), config["preview_steps"])
 
     def log(values: dict[str, float]) -> None:
         metrics.log(trainer.step, values)
         logger.log(trainer.step, values)
 
     def preview() -> None:
-        plan = Plan(solver, times, info.shape, trainer.options.seed, trainer.device)
         n = trainer.options.preview_samples
-        labels = torch.arange(n) % info.num_classes if labeled else None
+        labels = torch.arange(n) % info.num_classes if config["conditional"] else None
         x = torch.cat([solution.x for solution in draw(trainer.averaged, plan, n, n, labels)])
         path = run.path / "previews" / f"step-{trainer.step:08d}.png"
         if save_samples_picture(path, x, dataset):

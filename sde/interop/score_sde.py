@@ -152,5 +152,10 @@ def import_run(config: dict[str, Any]) -> None:
     print(f"draw samples with: python -m sde.sample run={run.path}")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Entry point of the command line."""
     run_command("score_sde", import_run)
+
+
+if __name__ == "__main__":
+    main()

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from sde.errors import UserError, check_choice
+from sde.processes import SDE
 from sde.randomness import Noise
 from sde.registry import Registry
 from sde.reverse import ReverseProcess
@@ -133,7 +134,8 @@ class Solver(ABC):
         Raises:
             UserError: for a grid that does not decrease, or a stochastic solver without noise.
         """
-        times = self._checked(process, times, noise)
+        times = self.check_times(process.sde, times)
+        self._check_noise(noise)
         before = process.nfe
         state = self.init(process, times, x)
         n = len(times) - 1
@@ -146,19 +148,25 @@ class Solver(ABC):
             x = process.denoised(x, times[-1])
         return Solution(x, process.nfe - before, tuple(times))
 
-    def _checked(self, process: ReverseProcess, times: Sequence[float], noise: Noise | None) -> list[float]:
-        """The grid, after everything that can be wrong with it has been looked at."""
+    def check_times(self, sde: SDE, times: Sequence[float]) -> list[float]:
+        """`times` as numbers.
+
+        Raises:
+            UserError: when they are no grid for this solver.
+        """
         times = [float(t) for t in times]
-        if len(times) < 2 or not all(t > s >= 0 for t, s in pairwise(times)):  # NaN does not pass
+        if len(times) < 2 or any(s >= t for t, s in pairwise(times)) or times[-1] < 0:
             raise UserError("the time grid must be at least two decreasing times, none negative")
-        if self.final == "tweedie" and float(process.sde.sigma(times[-1])) == 0:
+        if self.final == "tweedie" and float(sde.sigma(times[-1])) == 0:
             raise UserError(
                 "solver.final=tweedie has nothing to remove where the time grid ends without noise (t = 0): "
                 "use solver.final=mean"
             )
+        return times
+
+    def _check_noise(self, noise: Noise | None) -> None:
         if self.stochastic and noise is None:
             raise UserError("this solver is stochastic and was given no noise: pass SampleNoise or BatchNoise")
-        return times
 
 
 def _no_noise() -> Tensor:

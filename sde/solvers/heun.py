@@ -74,7 +74,10 @@ class Heun(Solver):
     def init(self, process: ReverseProcess, times: Sequence[float], x: Tensor) -> State:
         gamma = min(self.s_churn / (len(times) - 1), math.sqrt(2) - 1)
         highest = float(process.sde.noise_level(times[0]))
-        return State(plan=[self._plan(process.sde, t, s, gamma, highest) for t, s in pairwise(times)])
+        plan = [self._plan(process.sde, t, s, gamma, highest) for t, s in pairwise(times)]
+        if self.final == "mean":
+            plan[-1] = self._plan(process.sde, times[-2], times[-1], 0.0, highest)
+        return State(plan=plan)
 
     def _plan(self, sde: SDE, t: float, s: float, gamma: float, highest: float) -> _Plan:
         u = float(sde.noise_level(t))
@@ -90,7 +93,7 @@ class Heun(Solver):
 
     def step(self, process: ReverseProcess, x: Tensor, t: float, s: float, state: State, noise: Noise) -> Tensor:
         now: _Plan = state.now
-        if now.added > 0:
+        if now.t > t:
             x = (now.lift * x).add_(noise(), alpha=now.added)
         eps = process.eps(x, now.t)
         base = now.decay * x

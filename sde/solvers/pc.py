@@ -115,7 +115,7 @@ class PredictorCorrector(Solver):
         if before:
             x = self._correct(process, x, t, state, noise, quiet=state.quiet and not predicts)
         if predicts:
-            last = before or self.corrector == "none"
+            last = before or self.corrector == "none" or float(process.sde.sigma(s)) == 0
             silent = (state.quiet and last) or state.now.z == 0
             x = state.now.apply(x, process.score(x, t), None if silent else noise())
         if not before:

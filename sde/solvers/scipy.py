@@ -80,7 +80,7 @@ class SciPyODE(Solver):
         noise: Noise | None = None,
         callback: Callback | None = None,
     ) -> Solution:
-        times = self._checked(process, times, noise)
+        times = self.check_times(process.sde, times)
         before = process.nfe
         path = self._integrate(process, x, times, callback)
         if callback is not None:

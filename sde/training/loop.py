@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from sde.data import DataInfo, Dataset, Order, Split
 from sde.denoiser import Denoiser
 from sde.devices import PRECISIONS, autocast
 from sde.errors import UserError, check_choice, check_number
 from sde.losses import DenoisingScoreMatching
+from sde.progress import progress_bar
 from sde.randomness import step_seed
 from sde.registry import Registry
 from sde.training.ema import EMA
@@ -356,7 +356,7 @@ def fit(trainer: Trainer, hooks: Hooks, stop: StopRequest) -> None:
     def due(every: int) -> bool:
         return bool(every) and (trainer.step % every == 0 or trainer.step == options.steps)
 
-    with tqdm(total=options.steps, initial=trainer.step, unit="step", desc="training", dynamic_ncols=True) as bar:
+    with progress_bar(options.steps, initial=trainer.step, unit="step", desc="training") as bar:
         while trainer.step < options.steps and stop.signal is None:
             trainer.make_step()
             bar.update()
@@ -369,7 +369,7 @@ def fit(trainer: Trainer, hooks: Hooks, stop: StopRequest) -> None:
                 if due(options.validate_every):
                     metrics |= hooks.validate()
                 hooks.log(metrics)
-                bar.set_postfix_str(_brief(metrics))
+                bar.set_postfix_str(_brief(metrics), refresh=False)
             if due(options.checkpoint_every):
                 hooks.save()
             if due(options.preview_every):

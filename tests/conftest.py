@@ -1,0 +1,34 @@
+"""One thread per test process: the suite runs in parallel, and bit-for-bit tests must not depend on a machine's cores."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Prepared data of tests goes to a folder of their own, not to the user's cache."""
+    before = os.environ.get("SDE_CACHE")
+    os.environ["SDE_CACHE"] = str(tmp_path_factory.getbasetemp().parent / "sde-cache")
+    yield
+    if before is None:
+        del os.environ["SDE_CACHE"]
+    else:
+        os.environ["SDE_CACHE"] = before
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of real pictures and recorded results beside the checkout; tests that need it skip without it."""
+    if not SHARED.is_dir():
+        pytest.skip("../shared is not there")
+    return SHARED

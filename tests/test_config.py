@@ -1,0 +1,153 @@
+"""conf/ and the classes say the same: names, options, defaults; and only registered classes can be built."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+import sde.config
+from sde.config import build, conf_dir, conform, find_class, path_of
+from sde.errors import UserError
+from sde.registry import Registry
+
+RUNTIME = {"shape", "num_classes", "params"}  # facts of a run, never in a file
+NAMED_SETTINGS = {("model", "ddpmpp"), ("model", "ddpm")}  # files that may differ from the defaults of their class
+FILES = sorted(
+    (registry.kind, name, cls)
+    for registry in Registry.all
+    for name, cls in registry.items()
+    if cls.__module__.startswith("sde.")
+)
+
+
+def read(group: str, name: str) -> dict[str, Any]:
+    node = OmegaConf.to_container(OmegaConf.load(conf_dir() / group / f"{name}.yaml"))
+    assert isinstance(node, dict)
+    return {str(key): value for key, value in node.items()}
+
+
+@pytest.mark.parametrize("kind", sorted({registry.kind for registry in Registry.all if len(registry)}))
+def test_every_registered_name_has_a_file_and_every_file_a_name(kind: str) -> None:
+    names = {name for registry in Registry.all if registry.kind == kind for name in registry}
+    files = {path.stem for path in (conf_dir() / kind).glob("*.yaml")} - {"auto"}
+    assert files == names
+
+
+@pytest.mark.parametrize(("kind", "name", "cls"), FILES, ids=[f"{kind}-{name}" for kind, name, _ in FILES])
+def test_file_and_constructor_have_the_same_options_and_defaults(kind: str, name: str, cls: type) -> None:
+    node = read(kind, name)
+    assert node.pop("_target_") == path_of(cls)
+    parameters = {k: v for k, v in inspect.signature(cls).parameters.items() if k not in RUNTIME}
+    assert list(node) == list(parameters)
+    hints = inspect.get_annotations(cls.__init__, eval_str=True)
+    for key, parameter in parameters.items():
+        value = conform(key, node[key], hints[key])
+        if (kind, name) not in NAMED_SETTINGS and parameter.default is not parameter.empty:
+            assert value == parameter.default, key
+
+
+@pytest.mark.parametrize(("kind", "name", "cls"), FILES, ids=[f"{kind}-{name}" for kind, name, _ in FILES])
+def test_every_file_says_what_each_option_means(kind: str, name: str, cls: type) -> None:
+    lines = (conf_dir() / kind / f"{name}.yaml").read_text().splitlines()
+    assert lines[0].startswith("# ")
+    for line in lines[1:]:
+        if line and not line.startswith(("#", "_target_", " ")):
+            assert "#" in line, line
+
+
+def test_the_configuration_folder_is_absolute() -> None:
+    assert conf_dir().is_absolute()
+    assert (conf_dir() / "train.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["os.system", "builtins.eval", "sde.processes.Vp", "torch.load", "subprocess.Popen", "sde.config.import_plugins"],
+)
+def test_a_target_that_is_not_registered_is_not_even_imported(target: str) -> None:
+    with pytest.raises(UserError, match="is not a registered sde"):
+        find_class(target, "sde")
+
+
+def test_a_class_of_another_kind_is_refused() -> None:
+    with pytest.raises(UserError, match="is not a registered solver"):
+        build({"_target_": "sde.processes.VP"}, "solver")
+
+
+def test_build_names_what_is_wrong() -> None:
+    vp = "sde.processes.VP"
+    assert build({"_target_": vp, "beta_max": 10}, "sde") == sde.VP(beta_max=10.0)
+    with pytest.raises(UserError, match="beta_mix is not an option of VP.*did you mean 'beta_min'"):
+        build({"_target_": vp, "beta_mix": 1}, "sde")
+    with pytest.raises(UserError, match="sde.beta_min='a lot' must be a number"):
+        build({"_target_": vp, "beta_min": "a lot"}, "sde")
+    with pytest.raises(UserError, match="model.shape is missing"):
+        build(read("model", "mlp"), "model")
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "expected"),
+    [
+        (3, float, 3.0),
+        (3.0, int, 3),
+        ([1, 2], tuple[int, ...], (1, 2)),
+        ([1, 2], tuple[float, float], (1.0, 2.0)),
+        (None, int | None, None),
+        ("a", str | list[str], "a"),
+        (["a"], str | list[str], ["a"]),
+        (4, str, "4"),
+        (True, bool, True),
+    ],
+)
+def test_conform(value: Any, hint: Any, expected: Any) -> None:
+    result = conform("x", value, hint)
+    assert result == expected
+    assert type(result) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [(1.5, int), (True, int), (True, float), ("x", float), (1, bool), ([1], tuple[int, int]), ("ab", tuple[str, ...])],
+)
+def test_conform_refuses(value: Any, hint: Any) -> None:
+    with pytest.raises(UserError, match="x="):
+        conform("x", value, hint)
+
+
+def test_a_solver_of_ones_own_needs_a_module_and_a_file_of_its_own(tmp_path: Path) -> None:
+    """What the README promises: registering a class in a plugin is enough to build it."""
+    (tmp_path / "my_sdes.py").write_text(
+        textwrap.dedent(
+            """
+            from dataclasses import dataclass
+            from sde.processes import VP, register
+
+            @register("constant_rate")
+            @dataclass(frozen=True)
+            class ConstantRate(VP):
+                beta_min: float = 5.0
+                beta_max: float = 5.1
+            """
+        )
+    )
+    program = (
+        "import sde.config as c; c.import_plugins(['my_sdes']);"
+        "print(c.build({'_target_': 'my_sdes.ConstantRate'}, 'sde').beta_min)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(sde.config.__file__).parent.parent,
+    )
+    assert done.stdout.strip() == "5.0"

@@ -1,0 +1,300 @@
+"""Training: exact resumption, averaged weights, checkpoints that are whole or refused, and stopping cleanly."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sde.data import DATASETS
+from sde.denoiser import Denoiser
+from sde.errors import UserError
+from sde.losses import DenoisingScoreMatching
+from sde.models import MODELS
+from sde.parameterizations import Eps
+from sde.processes import VP
+from sde.training.checkpoint import (
+    DamagedCheckpoint,
+    checkpoint_path,
+    list_checkpoints,
+    load_checkpoint,
+    load_newest,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from sde.training.ema import EMA
+from sde.training.logging import MetricsFile, read_metrics
+from sde.training.loop import Batches, Trainer, TrainingOptions
+from tests.commands import TINY, TINY_2D, command
+
+CONTENT = {
+    "step": 3,
+    "config": {"a": [1, 2.5, "b", None]},
+    "data": {"name": "x", "shape": [2]},
+    "model": {"w": torch.arange(1000.0)},
+    "ema": {"w": torch.arange(1000.0)},
+}
+
+
+def trainer(**options: object) -> Trainer:
+    settings = TrainingOptions(steps=20, batch_size=8, log_every=5, device="cpu", warmup=4, **options)  # type: ignore[arg-type]
+    dataset = DATASETS.get("moons")(train_size=64, test_size=16)
+    torch.manual_seed(settings.seed)
+    network = MODELS.get("mlp")((2,), width=16, depth=1, dropout=0.3)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    batches = Batches(dataset, settings.batch_size, settings.seed, torch.device("cpu"), labeled=False)
+    return Trainer(
+        Denoiser(network, VP(), Eps()), EMA(network, 0.9), DenoisingScoreMatching(), optimizer, settings, batches
+    )
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    content = load_checkpoint(path).content
+    state = {f"optimizer.{i}.{k}": v for i, s in content["optimizer"]["state"].items() for k, v in s.items()}
+    return {**{f"{part}.{k}": v for part in ("model", "ema") for k, v in content[part].items()}, **state}
+
+
+def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [*TINY, "model.dropout=0.2", "data.characters=digits"],
+        [*TINY, "training.accumulation=2", "sde=ve", "parameterization=edm", "parameterization.sigma_data=auto"],
+        [*TINY, "conditional=true", "training.precision=bf16", "model=ddpmpp", "loss.time=importance"],
+        [*TINY_2D, "training.steps=4", "training.log_every=2", "sde=subvp", "model.dropout=0.1", "optimizer=adamw"],
+    ],
+    ids=["dropout", "accumulation-ve-edm", "classes-bf16", "points"],
+)
+def test_interrupted_training_goes_on_bit_for_bit(options: list[str], tmp_path: Path) -> None:
+    whole = command("sde.train", *options, "hydra.run.dir=whole", folder=tmp_path)
+    assert whole.code == 0, whole.err
+    first = command("sde.train", *options, "training.steps=2", "hydra.run.dir=parts", folder=tmp_path)
+    assert first.code == 0, first.err
+    second = command("sde.train", "resume=parts", "training.steps=4", folder=tmp_path)
+    assert second.code == 0, second.err
+    assert "going on from step 2" in second.out
+    last = checkpoint_path(tmp_path / "whole" / "checkpoints", 4)
+    resumed = checkpoint_path(tmp_path / "parts" / "checkpoints", 4)
+    assert_same_bits(weights(last), weights(resumed))
+    lines = read_metrics(tmp_path / "parts" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [2, 4]
+    assert lines[1]["train/loss"] == read_metrics(tmp_path / "whole" / "metrics.jsonl")[1]["train/loss"]
+
+
+def test_every_step_is_a_function_of_seed_and_step() -> None:
+    """Whatever else draws random numbers in between."""
+    one, two = trainer(), trainer()
+    for _ in range(5):
+        one.make_step()
+        torch.rand(7)
+        two.make_step()
+    assert_same_bits(dict(one.denoiser.network.state_dict()), dict(two.denoiser.network.state_dict()))
+    other = trainer(seed=1)
+    for _ in range(5):
+        other.make_step()
+    assert not torch.equal(other._losses[:5, 0], one._losses[:5, 0])
+
+
+def test_accumulation_gives_the_same_gradient() -> None:
+    """Parts of a batch add up to the batch: without dropout the steps agree to rounding."""
+    runs = [trainer(accumulation=parts) for parts in (1, 2, 4)]
+    for run in runs:
+        run.denoiser.network.eval()
+        run.make_step()
+    reference = runs[0].flush(str)
+    for run in runs[1:]:
+        assert run.flush(str) == pytest.approx(reference, rel=1e-5)
+
+
+def test_warm_up_raises_the_learning_rate_linearly() -> None:
+    run = trainer()
+    rates = []
+    for _ in range(6):
+        run.make_step()
+        rates.append(run.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
+
+
+def test_gradients_are_clipped_to_the_norm_asked_for() -> None:
+    run = trainer(clip=1e-3)
+    seen = []
+    run.optimizer.register_step_pre_hook(
+        lambda *_: seen.append(torch.cat([p.grad.flatten() for p in run.parameters if p.grad is not None]).norm())
+    )
+    run.make_step()
+    assert seen[0].item() == pytest.approx(1e-3, rel=1e-3)
+    assert run.flush(str)["train/gradient_norm"] > 1e-2  # what is reported is the norm before clipping
+
+
+def test_ema_is_the_weighted_sum_of_all_weights() -> None:
+    """average_n = sum_k w_k (1 - d_k) prod_{j > k} d_j + w_0 prod_j d_j, with d_j of the docstring."""
+    network = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    history = [network.weight.item()]
+    ema = EMA(network, decay=0.5, warmup=True)
+    for step in range(12):
+        with torch.no_grad():
+            network.weight.fill_(float(step) ** 2)
+        history.append(network.weight.item())
+        ema.update(step)
+    decays = [min(0.5, (1 + n) / (10 + n)) for n in range(12)]
+    expected = history[0]
+    for weight, decay in zip(history[1:], decays, strict=True):
+        expected = decay * expected + (1 - decay) * weight
+    assert ema.network.weight.item() == pytest.approx(expected, rel=1e-14)
+    assert not ema.network.weight.requires_grad
+    with pytest.raises(UserError, match=r"ema.decay=1.0"):
+        EMA(network, decay=1.0)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_noise_levels_and_checkpoint(tmp_path: Path) -> None:
+    done = command(
+        "sde.train",
+        *TINY_2D,
+        "optimizer.lr=1e30",
+        "training.clip=0",
+        "training.warmup=0",
+        "training.checkpoint_every=10",
+        "hydra.run.dir=r",
+        folder=tmp_path,
+    )
+    assert done.code == 2
+    assert "the loss of step" in done.sentence
+    assert "noise levels from" in done.sentence
+    assert "there is no checkpoint yet" in done.sentence
+    assert "Traceback" not in done.err
+    assert not list_checkpoints(tmp_path / "r" / "checkpoints")
+
+
+def test_checkpoints_hold_what_was_saved(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, CONTENT)
+    assert path.name == "step-00000003.pt"
+    loaded = load_checkpoint(path)
+    assert loaded.step == 3
+    assert loaded.content["config"] == CONTENT["config"]
+    assert torch.equal(loaded.content["model"]["w"], torch.arange(1000.0))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_flipped_bit_or_a_cut_is_found_and_the_one_before_is_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every flipped bit either is found, or lies where it changes nothing that is loaded."""
+    good = save_checkpoint(tmp_path, {**CONTENT, "step": 2})
+    path = save_checkpoint(tmp_path, CONTENT)
+    original = path.read_bytes()
+    draw, found = random.Random(0), 0
+    for _ in range(200):
+        changed = bytearray(original)
+        changed[draw.randrange(len(changed))] ^= 1 << draw.randrange(8)
+        path.write_bytes(changed)
+        try:
+            content = load_checkpoint(path).content
+        except UserError:
+            found += 1
+        else:
+            assert torch.equal(content["model"]["w"], torch.arange(1000.0))
+            assert content["config"] == CONTENT["config"]
+    assert found > 150
+    for length in (0, 1, 100, len(original) // 2, len(original) - 1):
+        path.write_bytes(original[:length])
+        with pytest.raises(DamagedCheckpoint, match="is damaged"):
+            load_checkpoint(path)
+    assert load_newest(tmp_path).path == good
+    assert "falling back to the one before" in capsys.readouterr().err
+    good.write_bytes(b"")
+    with pytest.raises(UserError, match="all 2 checkpoints"):
+        load_newest(tmp_path)
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch executed",)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "step-00000001.pt"
+    torch.save({**CONTENT, "version": 1, "model": Malicious()}, path)
+    with pytest.raises(UserError):
+        load_checkpoint(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_old_checkpoints_are_pruned(tmp_path: Path) -> None:
+    for step in (1, 5, 20, 100):
+        save_checkpoint(tmp_path, {**CONTENT, "step": step})
+    prune_checkpoints(tmp_path, 0)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [1, 5, 20, 100]
+    prune_checkpoints(tmp_path, 2)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [20, 100]
+
+
+def test_a_failed_write_leaves_the_good_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_checkpoint(tmp_path, CONTENT)
+    before = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(tmp_path, {**CONTENT, "model": {}})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_metrics_go_on_without_duplicates_or_holes(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    record = MetricsFile(path)
+    for step in (10, 20, 30):
+        record.log(step, {"loss": float(step), "bad": float("nan")})
+    record.close()
+    with path.open("a") as file:
+        file.write('{"step": 40, "lo')  # a line that was cut off
+    record = MetricsFile(path, step=20)
+    record.log(30, {"loss": 31.0})
+    record.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(10, 10.0), (20, 20.0), (30, 31.0)]
+    assert lines[0]["bad"] is None
+    assert [line["seconds"] for line in lines] == sorted(line["seconds"] for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_saves_and_leaves_and_resume_goes_on(number: int, code: int, tmp_path: Path) -> None:
+    arguments = [*TINY_2D, "training.steps=1000000", "training.log_every=20", "training.validate_every=0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sde.train", *arguments, "training.preview_every=0", "hydra.run.dir=r"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stderr is not None
+    seen = ""
+    while "training" not in seen:  # the bar appears when the loop, which listens for signals, has begun
+        seen += process.stderr.read(1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "go on with: python -m sde.train resume=" in err
+    assert "Traceback" not in err
+    step, _ = list_checkpoints(tmp_path / "r" / "checkpoints")[-1]
+    assert read_metrics(tmp_path / "r" / "metrics.jsonl")[-1]["step"] == step
+    on = command("sde.train", "resume=r", f"training.steps={step + 20}", folder=tmp_path)
+    assert on.code == 0, on.err
+    assert list_checkpoints(tmp_path / "r" / "checkpoints")[-1][0] == step + 20
