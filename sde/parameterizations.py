@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from sde.broadcast import Time, as_tensor
-from sde.errors import check_choice, check_number
+from sde.errors import UserError, check_choice, check_number
 from sde.processes import SDE
 from sde.registry import Registry
 
@@ -66,7 +66,14 @@ class Row(NamedTuple):
 
 
 def noise_label(kind: str, sde: SDE, t: Time) -> Tensor:
-    """The noise label of `kind` (one of `NOISE_LABELS`) at time `t`, of the shape of `t`."""
+    """The noise label of `kind` (one of `NOISE_LABELS`) at time `t`, of the shape of `t`.
+
+    Raises:
+        UserError: for another kind; "index", the place in a table of noise levels, is known to chains alone.
+    """
+    if kind == "index":
+        raise UserError("this network is told a place in a table of noise levels: use parameterization=smld_chain")
+    check_choice("parameterization.noise_label", kind, NOISE_LABELS)
     if kind == "time":
         return 999 / sde.T * as_tensor(t)
     if kind == "sigma":

@@ -15,7 +15,6 @@ from sde.randomness import SampleNoise
 from sde.reverse import ReverseProcess
 from sde.solvers import Callback, Solution, Solver
 
-
 _SHOWN_STEPS = 50  # of a trajectory, for a solver that chooses its own
 
 

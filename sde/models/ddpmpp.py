@@ -21,7 +21,7 @@ class DDPMpp(UNet):
     Args:
         shape: (C, H, W) of one picture; H and W divisible by 2^(levels - 1).
         num_classes: classes of the data, 0 for none.
-        channels: channels of the first level, a multiple of 4.
+        channels: channels of the first level, at least 4.
         channel_multipliers: factor on `channels` for each level, highest resolution first.
         blocks_per_level: residual blocks of a level on the way down; one more on the way up.
         attention_resolutions: longer sides in pixels of the levels that have attention.

@@ -62,20 +62,18 @@ def group_norm(channels: int, groups: str = "quarter") -> nn.GroupNorm:
 
     Args:
         channels: number of channels.
-        groups: "quarter" for min(channels // 4, 32) groups, as NCSN++ has; "thirty_two" for 32 groups, as DDPM has, or
-            where 32 does not divide `channels`, the most groups of four channels or more.
+        groups: "quarter" for min(channels // 4, 32) groups, as NCSN++ has; "thirty_two" for 32 groups, as DDPM has.
+            Where that number does not divide `channels`, it is the most groups of four channels or more that do.
 
     Raises:
-        UserError: the channels cannot be divided so.
+        UserError: there are fewer than four channels.
     """
-    count = min(channels // 4, 32)
-    if groups == "thirty_two":
-        count = 32 if channels % 32 == 0 else max((n for n in range(1, count + 1) if channels % n == 0), default=0)
-    if count == 0 or channels % count:
-        raise UserError(
-            f"a layer of {channels} channels cannot be normalized in {max(count, 1)} equal groups of at least 4: "
-            "make model.channels a multiple of 32, or of 4 as long as no layer has more than 128 channels"
-        )
+    if channels < 4:
+        raise UserError(f"a layer of {channels} channels is too small to normalize: make model.channels at least 4")
+    most = min(channels // 4, 32)
+    count = 32 if groups == "thirty_two" else most
+    if channels % count:
+        count = max(n for n in range(1, most + 1) if channels % n == 0)
     return nn.GroupNorm(count, channels, eps=1e-6)
 
 

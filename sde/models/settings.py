@@ -16,7 +16,7 @@ class UNetSettings:
     """Everything that tells one U-Net from another.
 
     Attributes:
-        channels: channels of the first level, a multiple of 4.
+        channels: channels of the first level, at least 4.
         channel_multipliers: factor on `channels` for each level, highest resolution first; each level has half the
             resolution of the one before.
         blocks_per_level: residual blocks of a level on the way down; there is one more on the way up.
