@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -23,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sde.errors import UserError, suggest
 
 FREAK = 1.3
-MEASURE = 512  # pixels of an em at which extents are measured
+MEASURE = 256  # pixels of an em at which extents are measured
 NO_CHARACTER = "\U0010ffff"  # never assigned, so that a face shows its missing-glyph box for it
 SUFFIXES = (".ttf", ".otf", ".ttc", ".otc")
 
@@ -199,6 +200,30 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(f"the font {str(path)!r} cannot be read ({error or type(error).__name__}): choose another file")
 
 
+class Ink(NamedTuple):
+    """The box that a character's ink fills, in pixels from its origin on the baseline; y points down."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height."""
+        return self.right - self.left, self.bottom - self.top
+
+
+def ink(font: ImageFont.FreeTypeFont, character: str) -> Ink | None:
+    """Where the ink of a character is, None when it leaves none.
+
+    Not the box that Pillow has for text, which reaches from the origin to where the next character would begin.
+    """
+    mask, (x, y) = font.getmask2(character, mode="L", anchor="ls")
+    box = mask.getbbox()
+    return None if box is None else Ink(x + box[0], y + box[1], x + box[2], y + box[3])
+
+
 class Specimen:
     """Draws a set of characters of one face at their common scale.
 
@@ -214,43 +239,44 @@ class Specimen:
         # At least 4 x 4 samples a pixel, and an em large enough for hinting not to matter.
         self._oversampling = max(4, -(-192 // size))
         ruler = face.at(MEASURE)
-        boxes = np.array([ruler.getbbox(c, anchor="ls") for c in characters], dtype=float).reshape(-1, 4)
-        left, top, right, bottom = (boxes / MEASURE).T
-        inked = (right > left) & (bottom > top)
-        above, below, width = (_extent(e[inked]) for e in (-top, bottom, right - left))
-        self._scale = self._inner / max(above + below, width, 1e-3)  # pixels an em
+        inks = [box for box in (ink(ruler, character) for character in characters) if box is not None]
+        above = _extent([-box.top for box in inks]) / MEASURE
+        below = _extent([box.bottom for box in inks]) / MEASURE
+        width = _extent([box.size[0] for box in inks]) / MEASURE
+        self._scale = self._inner / max(above + below, width, 1 / MEASURE)  # pixels an em
         self._baseline = size / 2 + (above - below) / 2 * self._scale  # from the top
         self._font = face.at(self._scale * self._oversampling)
-        self._missing = self._font.getbbox(NO_CHARACTER, anchor="ls"), bytes(self._font.getmask(NO_CHARACTER))
+        self._missing = self._draw(NO_CHARACTER)
 
     def draw(self, character: str) -> np.ndarray | None:
         """White on black, uint8 (size, size); None when there is no ink or it is the face's missing-glyph box."""
-        left, top, right, bottom = self._font.getbbox(character, anchor="ls")
-        if right <= left or bottom <= top or self._is_missing(character, (left, top, right, bottom)):
+        picture = self._draw(character)
+        if picture is None or (self._missing is not None and np.array_equal(picture, self._missing)):
             return None
-        room = self._inner * self._oversampling
-        font, shrink = self._font, min(1.0, room / (right - left), room / (bottom - top))
-        if shrink < 1 - 0.5 / room:  # rounding of the box alone is no reason
-            font = self._face.at(self._scale * self._oversampling * shrink)
-            left, top, right, bottom = font.getbbox(character, anchor="ls")
-        side = self._size * self._oversampling
-        x = (side - left - right) / 2
+        return picture
+
+    def _draw(self, character: str) -> np.ndarray | None:
+        font, box = self._font, ink(self._font, character)
+        side, room = self._size * self._oversampling, self._inner * self._oversampling
+        if box is not None and max(box.size) > room + 1:  # a freak, rather than a box rounded up
+            font = self._face.at(font.size * room / max(box.size))
+            box = ink(font, character)
+        if box is None:
+            return None
         edge = (side - room) / 2
-        y = min(max(self._baseline * self._oversampling, edge - top), side - edge - bottom)
+        baseline = min(max(self._baseline * self._oversampling, edge - box.top), side - edge - box.bottom)
         canvas = Image.new("L", (side, side))
-        ImageDraw.Draw(canvas).text((round(x), round(y)), character, fill=255, font=font, anchor="ls")
+        origin = round((side - box.left - box.right) / 2), round(baseline)
+        ImageDraw.Draw(canvas).text(origin, character, fill=255, font=font, anchor="ls")
         picture = np.asarray(canvas.reduce(self._oversampling))
         return picture if picture.any() else None
 
-    def _is_missing(self, character: str, box: tuple[float, float, float, float]) -> bool:
-        return box == self._missing[0] and bytes(self._font.getmask(character)) == self._missing[1]
 
-
-def _extent(values: np.ndarray) -> float:
-    """How far a set of glyphs reaches in one direction, freaks apart."""
-    if not len(values):
+def _extent(reaches: list[int]) -> float:
+    """How far a set of glyphs reaches in one direction, freaks apart; not less than 0."""
+    if not reaches:
         return 0.0
-    return float(max(0.0, min(values.max(), FREAK * max(0.0, float(np.quantile(values, 0.95))))))
+    return max(0.0, min(float(max(reaches)), FREAK * float(np.quantile(reaches, 0.95))))
 
 
 def specimens(face: Face, wanted: str | None, size: int, margin: float) -> Iterator[tuple[str, np.ndarray]]:
