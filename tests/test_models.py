@@ -280,7 +280,6 @@ def test_ddpmpp_is_ncsnpp_with_other_settings() -> None:
         (NCSNpp, {"fir_kernel": [1]}, "model.fir_kernel="),
         (NCSNpp, {"channels": 3}, "model.channels=3 is out of range"),
         (NCSNpp, {"channels": 64.0}, "model.channels=64.0 is not a whole number"),
-        (NCSNpp, {"channels": 3}, "make model.channels at least 4"),
         (NCSNpp, {"channel_multipliers": []}, "model.channel_multipliers is empty"),
         (NCSNpp, {"channel_multipliers": [1, 0]}, r"model.channel_multipliers\[1\]=0"),
         (NCSNpp, {"channel_multipliers": 2}, "model.channel_multipliers=2 is not a list"),
