@@ -18,7 +18,9 @@ class UserError(ValueError):
 
 def suggest(value: object, allowed: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` when `value` is close to one of `allowed`, otherwise an empty string."""
-    close = difflib.get_close_matches(str(value), list(allowed), n=1)
+    names = list(allowed)
+    close = [name for name in names if name.lower() == str(value).lower()]
+    close = close or difflib.get_close_matches(str(value), names, n=1)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 

@@ -155,7 +155,7 @@ class Solver(ABC):
             UserError: when they are no grid for this solver.
         """
         times = [float(t) for t in times]
-        if len(times) < 2 or any(s >= t for t, s in pairwise(times)) or times[-1] < 0:
+        if len(times) < 2 or not all(t > s >= 0 for t, s in pairwise(times)):  # NaN does not pass
             raise UserError("the time grid must be at least two decreasing times, none negative")
         if self.final == "tweedie" and float(sde.sigma(times[-1])) == 0:
             raise UserError(

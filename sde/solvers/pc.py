@@ -77,6 +77,8 @@ class PredictorCorrector(Solver):
         check_choice("solver.corrector_position", self.corrector_position, ("before", "after"))
         check_choice("solver.discretization", self.discretization, ("exact", "score_sde"))
         check_number("solver.corrector_steps", self.corrector_steps, at_least=1)
+        if not isinstance(self.corrector_steps, int):
+            raise UserError(f"solver.corrector_steps={self.corrector_steps!r} must be a whole number")
         check_number("solver.snr", self.snr, above=0)
         self.check_final()
         if self.predictor == "none" and self.corrector == "none":
