@@ -17,7 +17,7 @@ equation 7) the denoised x_0 is c_skip x + c_out F(c_in x, c_noise), with c_skip
 c_noise, the number that tells the network the noise level, has a scale that its embedding was made for. `noise_label`
 names it; "auto" asks the network:
 
-    time       999 t / T: what DDPM's sinusoidal embedding expects (arXiv 2011.13456)
+    time       999 t / T (999 `unit_time`): what DDPM's sinusoidal embedding expects (arXiv 2011.13456)
     sigma      sigma / alpha, of which NCSN++'s Fourier embedding takes the logarithm itself
     log_sigma  log(sigma / alpha) / 4, EDM's c_noise
 """
@@ -75,7 +75,7 @@ def noise_label(kind: str, sde: SDE, t: Time) -> Tensor:
         raise UserError("this network is told a place in a table of noise levels: use parameterization=smld_chain")
     check_choice("parameterization.noise_label", kind, NOISE_LABELS)
     if kind == "time":
-        return 999 / sde.T * as_tensor(t)
+        return 999 * sde.unit_time(t)
     if kind == "sigma":
         return sde.noise_level(t)
     return -0.125 * sde.log_snr(t)

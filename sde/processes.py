@@ -73,6 +73,10 @@ class SDE(ABC):
     def t_of_log_snr(self, log_snr: Time) -> Tensor:
         """The time at which `log_snr(t)` has this value: the inverse of `log_snr`."""
 
+    def unit_time(self, t: Time) -> Tensor:
+        """A time from 0 (data) to 1 (noise) in which noise levels are spread out; time labels are made of it."""
+        return as_tensor(t) / self.T
+
     @property
     def prior_std(self) -> float:
         """Standard deviation of the prior N(0, prior_std^2 I) that stands in for the law of x_T."""
@@ -430,6 +434,10 @@ class EDM(SDE):
 
     def __post_init__(self) -> None:
         self._check_times()
+
+    def unit_time(self, t: Time) -> Tensor:
+        """Linear in log(t), from t_min to T: t itself would crowd all small noise levels together."""
+        return torch.log(as_tensor(t) / self.t_min) / math.log(self.T / self.t_min)
 
     def log_alpha(self, t: Time) -> Tensor:
         return 0 * as_tensor(t)

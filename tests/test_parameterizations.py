@@ -14,7 +14,6 @@ from sde.errors import UserError
 from sde.parameterizations import (
     NOISE_LABELS,
     OUTPUTS,
-    PARAMETERIZATIONS,
     X0,
     Eps,
     Parameterization,
@@ -233,7 +232,8 @@ def test_float32_outputs_are_as_good_as_their_inputs(sde: SDE, parameterization:
 def test_noise_labels_as_stated(sde: SDE) -> None:
     t = times_of(sde)
     level = sde.sigma(t) / sde.alpha(t)
-    torch.testing.assert_close(noise_label("time", sde, t), 999 * t / sde.T, rtol=1e-14, atol=0)
+    unit = torch.log(t / sde.t_min) / math.log(sde.T / sde.t_min) if isinstance(sde, EDM) else t / sde.T
+    torch.testing.assert_close(noise_label("time", sde, t), 999 * unit, rtol=1e-14, atol=0)
     torch.testing.assert_close(noise_label("sigma", sde, t), level, rtol=1e-12, atol=0)
     torch.testing.assert_close(noise_label("log_sigma", sde, t), torch.log(level) / 4, rtol=1e-12, atol=1e-14)
 
@@ -265,7 +265,7 @@ def test_auto_is_what_the_network_asks_for(parameterization: Parameterization, w
     torch.testing.assert_close(network.heard, noise_label(wanted or "time", sde, t[1]).expand(3), rtol=1e-15, atol=0)
 
 
-@pytest.mark.parametrize("cls", [pytest.param(cls, id=name) for name, cls in PARAMETERIZATIONS.items()])
+@pytest.mark.parametrize("cls", [pytest.param(type(case.values[0]), id=case.id) for case in parameterizations()])
 def test_a_label_of_its_own_overrides_the_network(cls: type) -> None:
     sde, x, t = VE(), normal(3, 2), torch.full((3,), 0.5, dtype=F64)
     for own in NOISE_LABELS:
@@ -293,7 +293,7 @@ def test_numbers_and_tensors_agree(sde: SDE, parameterization: Parameterization)
                     assert number == pytest.approx(tensor.item(), rel=1e-10, abs=1e-300)
         c_in, c_noise = scalar_input(parameterization, sde, t, "time")
         assert c_in == pytest.approx(parameterization.c_in(sde, t).item(), rel=1e-14)
-        assert c_noise == pytest.approx(999 * t / sde.T, rel=1e-14)
+        assert c_noise == pytest.approx(999 * float(sde.unit_time(t)), rel=1e-14)
 
 
 @every_parameterization
