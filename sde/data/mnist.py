@@ -39,6 +39,7 @@ FILES: dict[str, tuple[tuple[str, str], tuple[str, str]]] = {
 }
 NATIVE, PADDED = 28, 32
 CLASSES = tuple("0123456789")
+MAX_BYTES = 1 << 30  # of one array, so that a damaged header asks for no more memory than there is
 
 
 @register("mnist")
@@ -108,7 +109,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     """The uint8 array in an idx file, compressed or not.
 
     Args:
-        path: the file; compressed when its name ends in .gz.
+        path: the file.
         dimensions: how many it must have.
 
     Raises:
@@ -124,7 +125,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
                 )
             shape = struct.unpack(f">{dimensions}I", header[4:])
             count = int(np.prod(shape, dtype=object))
-            content = file.read(count + 1)  # one more, to see that nothing follows
+            content = file.read(min(count, MAX_BYTES) + 1)  # one more, to see that nothing follows
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{str(path)!r} is damaged or cannot be read ({error}): delete it to fetch it anew") from error
     if len(content) != count:

@@ -15,8 +15,7 @@ from PIL import Image, ImageOps
 from sde.data.base import check_whole
 from sde.errors import UserError, check_choice
 
-# What Pillow calls the formats; MPO is what some cameras write as .jpg.
-FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # what Pillow calls them
 SUFFIXES = (
     *(".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
     *(".tif", ".tiff", ".webp"),

@@ -36,7 +36,8 @@ def load_arrays(file: IO[bytes], name: str) -> Any:
     except UserError as error:
         raise UserError(f"{name} {error}: {FIX}") from error
     except Exception as error:  # a damaged pickle can fail in any way
-        raise UserError(f"{name} is damaged or is not a pickle ({error or type(error).__name__}): {FIX}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{name} is damaged or is not a pickle ({reason}): {FIX}") from error
 
 
 class _Dtype:
