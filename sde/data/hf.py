@@ -196,11 +196,12 @@ class HuggingFace(Dataset):
         return number(values, getattr(parts[0].features[label_key], "names", None), where)
 
     def _pictures(self, parts: Sequence[Any], image_key: str) -> Iterator[np.ndarray]:
-        total = sum(len(part) for part in parts)
+        total, index = sum(len(part) for part in parts), 0
         with tqdm(total=total, desc="preparing pictures", unit="picture", leave=False, disable=None) as bar:
             for part in parts:
                 for row in part.select_columns([image_key]):
-                    yield self._pixels(row[image_key], f"picture {bar.n} of {self._path!r}")
+                    yield self._pixels(row[image_key], f"picture {index} of {self._path!r}")
+                    index += 1
                     bar.update()
 
     def _pixels(self, value: Any, name: str) -> np.ndarray:
