@@ -165,6 +165,11 @@ class SDE(ABC):
         )
 
 
+def _chain_index(share: float, n: int) -> int:
+    """The number of the last chain time i / (n - 1) that is not above `share`, which may be off by rounding."""
+    return math.floor(share * (n - 1) + 1e-9)
+
+
 @dataclass(frozen=True)
 class LinearBeta:
     """The rate beta(t) = beta_min + (t / T) (beta_max - beta_min) of VP and sub-VP, and its integral B(t)."""
@@ -244,7 +249,7 @@ class VP(SDE):
         """DDPM's chain (arXiv 2006.11239): beta_i = beta(t_i) T / n at the chain time t_i = i T / (n - 1) below t."""
         if n < 2:
             raise UserError(f"steps={n} is too few for DDPM's chain: take at least 2")
-        beta = float(self.beta.rate(math.floor(t / self.T * (n - 1)) / (n - 1) * self.T)) * self.T / n
+        beta = float(self.beta.rate(_chain_index(t / self.T, n) / (n - 1) * self.T)) * self.T / n
         if beta > 1:
             least = math.ceil(self.beta_max * self.T)
             raise UserError(f"steps={n} is too few for DDPM's chain, whose beta would exceed 1: take at least {least}")
@@ -344,7 +349,7 @@ class VE(SDE):
         """SMLD's chain (arXiv 1907.05600): sigma_i at the chain time t_i = i T / (n - 1) below t, sigma_{-1} = 0."""
         if n < 2:
             raise UserError(f"steps={n} is too few for SMLD's chain: take at least 2")
-        i = math.floor(t / self.T * (n - 1))
+        i = _chain_index(t / self.T, n)
         sigma = float(self.sigma(i / (n - 1) * self.T))
         below = float(self.sigma((i - 1) / (n - 1) * self.T)) if i > 0 else 0.0
         spread = math.sqrt(sigma**2 - below**2)

@@ -49,7 +49,7 @@ class DDPMChain(Parameterization):
 
     def direction(self, sde: SDE, t: Time) -> tuple[Tensor, Tensor]:
         t = as_tensor(t)
-        # The original multiplies in float32, where t = i / (n - 1) gives i itself.
+        # i / (n - 1) times n - 1 may be a rounding error below i
         index = torch.floor(self._position(sde, t) + 1e-9).long().clamp(0, self.n - 1)
         sigma = chain_sigmas(sde, self.n).to(t.device)[index]
         return torch.zeros_like(t), sigma / sde.sigma(t)
