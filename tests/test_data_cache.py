@@ -107,6 +107,16 @@ def test_prepared_data_is_made_once_and_again_when_damaged(tmp_path: Path) -> No
     assert prepared.load_or_prepare(folder, _prepare).split("train", "").values.max() == 4
 
 
+def test_a_shared_cache_may_be_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared.load_or_prepare(tmp_path / "five", _prepare)
+
+    def refuse(_: Path) -> None:
+        raise UserError("read-only")
+
+    monkeypatch.setattr(prepared, "locked", refuse)
+    assert len(prepared.load_or_prepare(tmp_path / "five", _prepare).split("test", "")) == 2
+
+
 def test_a_split_that_is_missing_is_a_sentence(tmp_path: Path) -> None:
     def prepare(folder: Path) -> DataInfo:
         writer = prepared.SplitWriter(folder, np.array([False]), (1, 1, 1), None)

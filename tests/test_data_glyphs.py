@@ -2,6 +2,7 @@
 
 import struct
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,10 @@ CHINESE = Path("/usr/share/fonts/truetype/wqy/wqy-microhei.ttc")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setenv("SDE_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield  # type: ignore[misc]
+    yield
     monkeypatch.undo()
 
 
@@ -137,7 +138,7 @@ def test_missing_blank_and_repeated_glyphs_are_left_out() -> None:
 
 def test_a_glyph_that_is_the_missing_box_is_left_out(tmp_path: Path) -> None:
     """A character map may promise a glyph and point to the box."""
-    from fontTools.ttLib import TTFont
+    from fontTools.ttLib import TTFont  # type: ignore[import-untyped]
 
     font = TTFont(SANS)
     for table in font["cmap"].tables:

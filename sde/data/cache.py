@@ -50,7 +50,8 @@ def make_folder(folder: Path) -> Path:
         writable, reason = False, error.strerror or str(error)
     if not writable:
         raise UserError(
-            f"the folder {str(folder)!r} cannot be written to ({reason}): set SDE_CACHE to a folder that can"
+            f"the folder {str(folder)!r} cannot be written to ({reason}): choose another, or set SDE_CACHE to move the "
+            "cache"
         )
     return folder
 
@@ -143,5 +144,6 @@ def _sync_folder(folder: Path) -> None:
 
 def _cannot_write(path: Path, error: OSError) -> UserError:
     return UserError(
-        f"{str(path)!r} cannot be written ({error.strerror or error}): free space there, or set SDE_CACHE elsewhere"
+        f"{str(path)!r} cannot be written ({error.strerror or error}): make room there, or set SDE_CACHE to "
+        "move the cache"
     )

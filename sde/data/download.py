@@ -46,10 +46,12 @@ def fetch(
     Raises:
         UserError: no mirror has the file, or it cannot be written.
     """
+    if target.exists():
+        return target
     with locked(target):
         failures = []
         for url in urls:
-            if target.exists():
+            if target.exists():  # another process was faster
                 break
             try:
                 with new_file(target) as temporary:

@@ -55,8 +55,10 @@ class Prepared:
 
 def load_or_prepare(folder: Path, prepare: Callable[[Path], DataInfo]) -> Prepared:
     """The prepared data at `folder`; `prepare(temporary)` fills a folder and returns the facts when there is none."""
+    if info := _read_index(folder):  # without the lock, since a shared cache may be read-only
+        return Prepared(folder, info)
     with locked(folder):
-        info = _read_index(folder)
+        info = _read_index(folder)  # another process may have been faster
         if info is None:
             shutil.rmtree(folder, ignore_errors=True)
             with new_folder(folder) as temporary:
