@@ -154,7 +154,7 @@ def mixture() -> Mixture:
     )
 
 
-def flow_end_point(law: Mixture, sde: SDE, x: Tensor, t: float, s: float) -> Tensor:
+def flow_end_point(law: Mixture, sde: SDE, x: Tensor, t: float, s: float, rtol: float = 1e-10) -> Tensor:
     """Where the probability-flow ODE carries `x` (B, D) from t to s: SciPy's DOP853 on torch.distributions' score."""
 
     def derivative(time: float, y: np.ndarray) -> np.ndarray:
@@ -162,7 +162,7 @@ def flow_end_point(law: Mixture, sde: SDE, x: Tensor, t: float, s: float) -> Ten
         score = law.score(at, float(sde.alpha(time)), float(sde.sigma(time)))
         return (float(sde.f(time)) * at - 0.5 * float(sde.g(time)) ** 2 * score).numpy().ravel()
 
-    solution = solve_ivp(derivative, (t, s), x.numpy().ravel(), method="DOP853", rtol=1e-10, atol=1e-12)
+    solution = solve_ivp(derivative, (t, s), x.numpy().ravel(), method="DOP853", rtol=rtol, atol=0.01 * rtol)
     return torch.tensor(solution.y[:, -1]).reshape(x.shape)
 
 
