@@ -1,48 +1,38 @@
-"""Writing files so that a half-written one never replaces a good one."""
+"""Writing files so that a half-written one never replaces a good one.
+
+A file is made under a temporary name beside its place, synced to the disk and renamed, which is atomic.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears at `path` only once it is complete.
-
-    It is written under a temporary name in the same folder, synced to the disk and renamed; on an error it is removed
-    and what was at `path` stays.
-    """
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary name to write a file under; it becomes `path` when the block ends, and goes when it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    temporary = Path(name)
+    temporary = temporary_beside(path)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
+        yield temporary
+        sync(temporary)
         temporary.replace(path)
-    except BaseException:
+        sync_folder(path.parent)
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
-    with contextlib.suppress(OSError):  # folders cannot be synced everywhere
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
-def _umask() -> int:
-    value = os.umask(0)
-    os.umask(value)
-    return value
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that appears at `path` only once it is complete; on an error what was there stays."""
+    with new_file(path) as temporary, temporary.open("wb") as file:
+        yield file
 
 
 def write_text(path: Path, text: str) -> None:
@@ -54,3 +44,24 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write plain values as JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def temporary_beside(path: Path) -> Path:
+    """A hidden name beside `path` that nobody else has, with the permissions that any new file gets."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content is on the disk."""
+    with path.open("rb+") as handle:
+        os.fsync(handle.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename durable where folders can be opened (not on Windows)."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

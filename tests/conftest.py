@@ -1,4 +1,4 @@
-"""One thread per test process: the suite runs in parallel, and bit-for-bit tests must not depend on a machine's cores."""
+"""One thread per test process: the suite runs in parallel, and bit-for-bit tests depend on the number of threads."""
 
 from __future__ import annotations
 

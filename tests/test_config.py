@@ -85,11 +85,11 @@ def test_a_class_of_another_kind_is_refused() -> None:
 def test_build_names_what_is_wrong() -> None:
     vp = "sde.processes.VP"
     assert build({"_target_": vp, "beta_max": 10}, "sde") == sde.VP(beta_max=10.0)
-    with pytest.raises(UserError, match="beta_mix is not an option of VP.*did you mean 'beta_min'"):
+    with pytest.raises(UserError, match=r"beta_mix is not an option of VP.*did you mean 'beta_min'"):
         build({"_target_": vp, "beta_mix": 1}, "sde")
-    with pytest.raises(UserError, match="sde.beta_min='a lot' must be a number"):
+    with pytest.raises(UserError, match=r"sde.beta_min='a lot' must be a number"):
         build({"_target_": vp, "beta_min": "a lot"}, "sde")
-    with pytest.raises(UserError, match="model.shape is missing"):
+    with pytest.raises(UserError, match=r"model.shape is missing"):
         build(read("model", "mlp"), "model")
 
 

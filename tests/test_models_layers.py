@@ -127,7 +127,8 @@ def test_initialization() -> None:
     ("channels", "rule", "groups"),
     [
         (4, "quarter", 1), (64, "quarter", 16), (128, "quarter", 32), (384, "quarter", 32), (24, "quarter", 6),
-        (10, "quarter", 2), (14, "quarter", 2), (136, "quarter", 17), (32, "thirty_two", 32), (128, "thirty_two", 32), (16, "thirty_two", 4),
+        (10, "quarter", 2), (14, "quarter", 2), (136, "quarter", 17),
+        (32, "thirty_two", 32), (128, "thirty_two", 32), (16, "thirty_two", 4),
         (48, "thirty_two", 12), (36, "thirty_two", 9), (7, "thirty_two", 1), (136, "thirty_two", 17),
     ],
 )  # fmt: skip

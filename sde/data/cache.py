@@ -11,11 +11,11 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from sde import files
 from sde.errors import UserError
 
 try:
@@ -79,16 +79,11 @@ def locked(path: Path) -> Iterator[None]:
 def new_file(path: Path) -> Iterator[Path]:
     """A temporary name to write a file under; it becomes `path` when the block ends, and goes when it fails."""
     make_folder(path.parent)
-    temporary = _temporary(path)
     try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        with files.new_file(path) as temporary:
+            yield temporary
     except OSError as error:
         raise _cannot_write(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -98,24 +93,19 @@ def new_folder(path: Path) -> Iterator[Path]:
     A folder that is already at `path` when the block ends wins: another process prepared the same data meanwhile.
     """
     make_folder(path.parent)
-    temporary = _temporary(path)
+    temporary = files.temporary_beside(path)
     try:
         temporary.mkdir()
         yield temporary
         for file in temporary.iterdir():
-            _sync(file)
+            files.sync(file)
         with contextlib.suppress(FileExistsError):
             _rename_folder(temporary, path)
-        _sync_folder(path.parent)
+        files.sync_folder(path.parent)
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _temporary(path: Path) -> Path:
-    # Not the names of `tempfile`, whose files only their owner may read: a cache can be shared.
-    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
 
 
 def _rename_folder(source: Path, target: Path) -> None:
@@ -125,21 +115,6 @@ def _rename_folder(source: Path, target: Path) -> None:
         if target.is_dir():  # "directory not empty" or "exists", depending on the system
             raise FileExistsError(target) from error
         raise
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb+") as handle:
-        os.fsync(handle.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable where folders can be opened (not on Windows)."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError:
