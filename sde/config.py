@@ -27,7 +27,8 @@ import sde.models
 import sde.parameterizations
 import sde.processes
 import sde.solvers
-import sde.training.logging  # noqa: F401 - for its registry
+import sde.training.logging
+import sde.training.options  # noqa: F401 - for the registries
 from sde.errors import UserError, suggest
 from sde.registry import Registry
 

@@ -19,10 +19,14 @@ from sde.pictures import save_grid, save_scatter
 from sde.runs import Run, build_denoiser, find_run
 from sde.sampling import Plan, draw, make_times
 from sde.solvers import Solver
+from sde.training.batches import Batches
 from sde.training.checkpoint import list_checkpoints, load_newest, prune_checkpoints, save_checkpoint
 from sde.training.ema import EMA
 from sde.training.logging import Logger, MetricsFile
-from sde.training.loop import Batches, Hooks, StopRequest, Trainer, TrainingOptions, Validation, fit
+from sde.training.loop import Hooks, Trainer, fit
+from sde.training.options import TrainingOptions
+from sde.training.stopping import StopRequest
+from sde.training.validation import Validation
 
 
 def main() -> None:

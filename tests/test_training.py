@@ -21,6 +21,7 @@ from sde.losses import DenoisingScoreMatching
 from sde.models import MODELS
 from sde.parameterizations import Eps
 from sde.processes import VP
+from sde.training.batches import Batches
 from sde.training.checkpoint import (
     DamagedCheckpoint,
     checkpoint_path,
@@ -32,7 +33,8 @@ from sde.training.checkpoint import (
 )
 from sde.training.ema import EMA
 from sde.training.logging import MetricsFile, read_metrics
-from sde.training.loop import Batches, Trainer, TrainingOptions
+from sde.training.loop import Trainer
+from sde.training.options import TrainingOptions
 from tests.commands import TINY, TINY_2D, command
 
 CONTENT = {
