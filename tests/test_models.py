@@ -220,9 +220,9 @@ def test_centered() -> None:
 def test_noise_labels() -> None:
     assert build("ddpmpp").noise_label == build("ddpm").noise_label == "time"
     assert build("mlp").noise_label == "log_sigma"
-    assert build("ncsnpp").noise_label == "sigma"
-    assert build("ncsnpp", embedding="positional").noise_label == "time"
-    assert build("ncsnpp", scale_by_sigma=True).noise_label == "sigma"
+    assert build("ncsnpp").noise_label == "time"
+    assert build("ncsnpp", embedding="fourier").noise_label == "sigma"
+    assert build("ncsnpp", embedding="fourier", scale_by_sigma=True).noise_label == "sigma"
     assert build("ncsnpp", embedding="positional", scale_by_sigma=True).noise_label == "index"
     assert build("ddpm", scale_by_sigma=True).noise_label == "index"
 
@@ -230,7 +230,7 @@ def test_noise_labels() -> None:
 def test_scale_by_sigma() -> None:
     """Fourier: divided by the noise level itself. Positional: by the level that has the index."""
     x, noise = inputs("ncsnpp")
-    scaled, plain = build("ncsnpp", scale_by_sigma=True), build("ncsnpp")
+    scaled, plain = (build("ncsnpp", embedding="fourier", scale_by_sigma=flag) for flag in (True, False))
     assert distance(scaled(x, noise) * noise[:, None, None, None], plain(x, noise)) < 1e-6
     levels = {"sigma_min": 1.0, "sigma_max": 100.0, "num_scales": 3}
     scaled = build("ncsnpp", embedding="positional", scale_by_sigma=True, **levels)

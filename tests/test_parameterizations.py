@@ -173,7 +173,7 @@ def test_a_perfect_network_gives_the_exact_denoiser(sde: SDE, parameterization: 
     exact = law.denoiser(sde)
     network = NetworkFromDenoiser(exact, parameterization, label)
     denoiser = Denoiser(network, sde, parameterization)
-    t = times_of(sde, 6)[1:-1]
+    t = times_of(sde, 4)[1:-1]
     x = sde.perturb(exact.sample(len(t)), t, normal(len(t), 2))
     for name in OUTPUTS:
         expected = exact.output(name, x, t)

@@ -410,7 +410,7 @@ class Forward(torch.nn.Module):
         return self.sde.diffusion(t).expand_as(y)
 
 
-@every_sde
+@pytest.mark.parametrize("sde", sdes(odd=False))
 def test_simulated_paths_have_the_marginal(sde: SDE) -> None:
     paths, steps, x0 = 40_000, 200, 1.5
     end = moderate(sde)[1]  # short of the poles of f where alpha = 0

@@ -2,7 +2,7 @@ r"""NCSN++, the network of arXiv 2011.13456 (section 4.1 and appendix H), with a
 
 A U-Net (`sde.models.unet`) that differs from DDPM's by the residual blocks of BigGAN, which resample inside, by FIR
 filters against aliasing, by sums with a shortcut divided by sqrt(2), by progressive inputs and outputs, and by Fourier
-features of the logarithm of the noise level. The sizes of the paper:
+features of the logarithm of the noise level where embedding is "fourier". The sizes of the paper:
 
     CIFAR-10, 32x32       channels=128 channel_multipliers=[1,2,2,2] blocks_per_level=4 (8: "deep")
     CelebA-HQ and FFHQ,   channels=128 channel_multipliers=[1,1,2,2,2,2,2] blocks_per_level=2 dropout=0
@@ -39,7 +39,8 @@ class NCSNpp(UNet):
         fir: resample through a filter against aliasing instead of averaging and repeating pixels.
         fir_kernel: taps of that filter along either axis.
         resample_with_conv: with block "ddpm", resample with a learned 3x3 convolution.
-        embedding: "fourier" features of log noise level, or "positional" features of time.
+        embedding: "positional" features of time (the paper's VP), or "fourier" features of log noise level (its VE),
+            whose many frequencies want long training.
         fourier_scale: standard deviation of the Fourier frequencies, in cycles per unit of log noise level.
         noise_conditional: whether the network is told the noise level.
         progressive: how levels add to the output: "none", "output_skip" or "residual".
@@ -73,7 +74,7 @@ class NCSNpp(UNet):
         fir: bool = True,
         fir_kernel: Sequence[float] = (1, 3, 3, 1),
         resample_with_conv: bool = True,
-        embedding: str = "fourier",
+        embedding: str = "positional",
         fourier_scale: float = 16.0,
         noise_conditional: bool = True,
         progressive: str = "none",
