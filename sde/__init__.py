@@ -3,6 +3,12 @@
 The public names of the library. Importing it imports neither hydra nor wandb.
 """
 
+import os
+
+# Threads of PyTorch's CPU kernels wait by sleeping rather than spinning (read when torch is first imported). It costs
+# nothing when the cores are free; where another program shares them, spinning makes training many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from sde.denoiser import AbstractDenoiser, Denoiser, GaussianDenoiser, GaussianMixtureDenoiser
 from sde.errors import UserError
 from sde.grids import GRIDS, Grid
