@@ -28,13 +28,14 @@ F64 = torch.float64
 EPS32 = 2.0**-24  # largest relative error of one rounding
 EPS64 = 2.0**-53
 
-# The same processes far from their defaults: a time axis that does not end at 1 shows every forgotten T.
+# The same processes far from their defaults: a time axis that does not end at 1 shows every forgotten T, and one
+# that begins late every forgotten t_min.
 ODD_SDES: dict[str, SDE] = {
-    "vp-odd": VP(beta_min=0.05, beta_max=6.0, T=3.0),
+    "vp-odd": VP(beta_min=0.05, beta_max=6.0, T=3.0, t_min=0.04, t_min_sampling=0.02),
     "subvp-odd": SubVP(beta_min=0.0, beta_max=9.0, T=2.0),
-    "ve-odd": VE(sigma_min=0.02, sigma_max=15.0, T=2.5),
+    "ve-odd": VE(sigma_min=0.02, sigma_max=15.0, T=2.5, t_min=0.05, t_min_sampling=0.2),
     "cosine-odd": Cosine(s=0.1, T=0.9),
-    "edm-odd": EDM(T=12.0),
+    "edm-odd": EDM(T=12.0, t_min=0.1, t_min_sampling=0.03),
     "rectified_flow-odd": RectifiedFlow(T=0.9),
 }
 

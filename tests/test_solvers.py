@@ -30,7 +30,7 @@ from sde.randomness import BatchNoise, Noise, RecordedNoise, SampleNoise
 from sde.reverse import ReverseProcess
 from sde.solvers import SOLVERS, EulerMaruyama, Heun, PredictorCorrector, SciPyODE, Solver
 from sde.solvers.predictors import ancestral, exact_kernel
-from sde.solvers.scipy import METHODS
+from sde.solvers.scipy import METHODS, run_together
 from tests.problems import (
     F64,
     ODD_SDES,
@@ -233,7 +233,8 @@ def test_weak_order(solver: Solver, sde: SDE, place: PlaceTimes) -> None:
 
 
 @every_sde
-def test_annealed_langevin_settles_at_its_own_variance(sde: SDE) -> None:
+@pytest.mark.parametrize("corrector", ["ald", "langevin"])  # one method in few dimensions
+def test_langevin_settles_at_its_own_variance(sde: SDE, corrector: str) -> None:
     """Correcting at ever closer times leaves N(m, v / (1 - e / 2v)), the fixed point of v' -> (1 - e/v)^2 v' + 2e."""
     low, high = moderate(sde, 0.5, 2.0)
     denoiser = wide_and_narrow(sde)
@@ -242,7 +243,7 @@ def test_annealed_langevin_settles_at_its_own_variance(sde: SDE) -> None:
     snr = 0.7  # v forgets its past within 1 / (2 e / v) = 8 steps or fewer
     e = 2 * (snr * float(sde.sigma(low))) ** 2
     settled = variance / (1 - e / (2 * variance))
-    options = {"predictor": "ancestral", "corrector": "ald", "corrector_position": "after", "final": "none"}
+    options = {"predictor": "ancestral", "corrector": corrector, "corrector_position": "after", "final": "none"}
     solver = PredictorCorrector(snr=snr, **options)
 
     def error(n: int) -> Tensor:
@@ -266,11 +267,11 @@ class Moments:
 @every_sde
 @pytest.mark.parametrize("position", ["before", "after"])
 def test_law_under_the_langevin_corrector(sde: SDE, position: str) -> None:
-    """Norms in the step size make the corrector nonlinear: moments by drawing, in 64 dimensions.
+    """The norm of the score in the step size makes the corrector nonlinear: moments by drawing, in 64 dimensions.
 
-    With step e = 2 snr^2 |z|^2 / |score|^2, close to 2 snr^2 v, the stationary variance is v / (1 - e / 2v) = v (1 +
-    snr^2); that e follows the size of z and of the score adds terms of relative order 2 / D to each of the two. The
-    predictor's error is what it is without corrector, measured exactly.
+    With step e = 2 snr^2 D / |score|^2, close to 2 snr^2 v, the stationary variance is v / (1 - e / 2v), or v (1 +
+    snr^2), and the norm acts like two dimensions more, 1 + 2 / D. The predictor's error is what it is without
+    corrector, measured exactly.
     """
     d, samples, n, snr = 64, 500, 50, 0.16
     low, high = moderate(sde)
@@ -286,9 +287,55 @@ def test_law_under_the_langevin_corrector(sde: SDE, position: str) -> None:
     solver = PredictorCorrector(snr=snr, corrector_position=position, final="none")
     got = Moments(solve(solver, many, x, times, BatchNoise(x, generator(4))), m_low, v_low)
     assert abs(got.mean) < 5 * got.mean_error + abs(float(at[0]) - m_low) / v_low**0.5
-    assert abs(got.variance - 1) < 5 * got.variance_error + snr**2 * (1 + 4 / d) + predictor
+    assert abs(got.variance - 1) < 5 * got.variance_error + snr**2 + 2 / d + predictor
     # it does correct: without Langevin's noise the variance would fall by 2 snr^2 in every step
     assert got.variance > 0.9
+
+
+@pytest.mark.parametrize(
+    ("discretization", "d", "factor"),
+    [
+        ("score_sde", 16, (1 + 2 / 16) ** 2),  # drawn |z| and |score|
+        ("score_sde", 64, (1 + 2 / 64) ** 2),
+        ("exact", 64, 1 + 2 / 64),  # |score| alone
+        ("exact", 16, 1.0),  # below 64 dimensions neither
+    ],
+)
+def test_what_norms_do_to_the_stationary_variance(discretization: str, d: int, factor: float) -> None:
+    """The module's account of Langevin dynamics whose step follows |z|^2 / |score|^2, at constant time."""
+    sde, snr, samples = VE(), 0.1, 2000
+    t, std = moderate(sde)[1], 0.5
+    denoiser = GaussianDenoiser(sde, torch.zeros(d, dtype=F64), torch.tensor(std**2, dtype=F64))
+    _, v = marginal_of_gaussian(sde, t, 0.0, std)
+    options = {"predictor": "none", "corrector": "langevin", "discretization": discretization, "final": "none"}
+    x = v**0.5 * normal(samples, d)
+    # e / v = 2 snr^2: 400 steps are 16 relaxation times of the variance
+    x = solve(
+        PredictorCorrector(snr=snr, **options),
+        denoiser,
+        x,
+        uniform(t * (1 + 1e-9), t, 400),
+        BatchNoise(x, generator(1)),
+    )
+    got = Moments(x, 0.0, v * factor)
+    # the finite step adds snr^2 = 0.01, somewhat more for the largest of steps that are drawn
+    assert abs(got.variance - 1 - snr**2) < 5 * got.variance_error + 0.5 * snr**2
+
+
+def test_langevin_step_as_documented() -> None:
+    """One corrector step by hand, on VP, where the decay of the forward step enters."""
+    sde, snr = VP(), 0.2
+    t, s = 0.5, 0.45
+    decay = float(sde.alpha(t) / sde.alpha(s))
+    for d in (63, 64):
+        denoiser = GaussianDenoiser(sde, normal(d, seed=2), torch.tensor(0.25, dtype=F64))
+        x, z = normal(3, d), normal(1, 3, d, seed=1)
+        score = denoiser.score(x, t)
+        ratio = d**0.5 / score.norm(dim=1, keepdim=True) if d == 64 else float(sde.sigma(t))
+        e = 2 * decay**2 * snr**2 * ratio**2
+        solver = PredictorCorrector(predictor="none", snr=snr, final="none")
+        got = solve(solver, denoiser, x, [t, s], RecordedNoise(z))
+        torch.testing.assert_close(got, x + e * score + (2 * e) ** 0.5 * z[0], rtol=1e-12, atol=1e-12)
 
 
 @every_sde
@@ -657,7 +704,7 @@ def test_last_step_policies(solver: Solver, sde: SDE) -> None:
         assert fewer == used == 0
         assert torch.equal(mean, none)
     elif getattr(solver, "corrector_position", "") == "after" or getattr(solver, "predictor", "") == "none":
-        # the last update is Langevin's, whose draw still sets the step size: it is made but not added
+        # the last update is Langevin's, whose draw may set the step size: it is made but not added
         assert fewer == used
         left = (none - mean) / draws[used - 1]
         torch.testing.assert_close(left, left[:, :1].expand_as(left), rtol=1e-9, atol=1e-12)
@@ -688,7 +735,7 @@ def test_the_mean_at_time_zero(sde: SDE, position: str, corrector: str) -> None:
     draws = list(normal(12, *x.shape, seed=6))
     noise = RecordedNoise(draws)
     a = solver.solve(ReverseProcess(mixture().denoiser(sde)), x, times, noise)
-    assert noise.used == 9 if position == "before" else 8
+    assert noise.used == (9 if position == "before" else 8)
     silent = draws[: noise.used] + [torch.full_like(x, math.nan)] * 3  # whatever else were drawn, it would show
     b = solve(solver, mixture().denoiser(sde), x, times, RecordedNoise(silent))
     assert torch.equal(a.x, b)
@@ -1007,6 +1054,25 @@ def test_an_error_in_the_network_comes_through(method: str, after: int, per_samp
     with pytest.raises(RuntimeError, match="the network fails"):
         solver.solve(process, normal(5, 2), [1.0, 0.01])
     assert threading.active_count() == before
+
+
+def test_requests_are_answered_together_and_in_order() -> None:
+    """`run_together`: ascending rows, every row its own answer, results in their places, however long each takes."""
+    asked: list[list[int]] = []
+
+    def integrate(i: int, derivative: Callable[[float, np.ndarray], np.ndarray]) -> float:
+        return sum(float(derivative(10.0 * i + k, np.array([i, k]))[0]) for k in range(i % 4))
+
+    def evaluate(rows: list[int], t: np.ndarray, y: np.ndarray) -> np.ndarray:
+        asked.append(rows)
+        assert rows == sorted(rows)
+        np.testing.assert_array_equal(t, 10.0 * y[:, 0] + y[:, 1])
+        np.testing.assert_array_equal(y[:, 0], rows)
+        return 100.0 * y[:, :1] + y[:, 1:]
+
+    results = run_together(40, integrate, evaluate)
+    assert results == [sum(100.0 * i + k for k in range(i % 4)) for i in range(40)]
+    assert asked == [[i for i in range(40) if i % 4 > k] for k in range(3)]
 
 
 def test_an_interrupt_and_an_error_of_the_callback_come_through() -> None:

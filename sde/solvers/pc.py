@@ -8,10 +8,10 @@ p_t by Langevin dynamics, x <- x + e score + sqrt(2 e) z, with one step size e p
 
 with a the decay of the forward step (1 for VE). A step size that depends on the state and on the draw does not leave
 p_t invariant: with the norms of one sample of D dimensions, 1 / |score|^2 acts like two dimensions more, and |z|^2
-like another two. Among the thousands of a picture that is nothing, in the plane it doubles the variance. (The paper
-averages the norms over the batch instead, which ties samples together.) So `langevin` takes |z| as sqrt(D), its
-expectation, and below `LOW_DIMENSION` dimensions |z| / |score| as sigma(t), what it is for pure noise. The "score_sde"
-discretization keeps the drawn |z|.
+like another two: the stationary variance is off by (1 + 2 / D)^2. Among the thousands of a picture that is nothing, in
+the plane it is fourfold. (The paper averages the norms over the batch instead, which ties samples together.) So
+`langevin` takes |z| as sqrt(D), its expectation, and below `LOW_DIMENSION` dimensions |z| / |score| as sigma(t), what
+it is for pure noise. The "score_sde" discretization keeps the drawn |z|.
 """
 
 from __future__ import annotations
