@@ -116,13 +116,15 @@ def locate(config: dict[str, Any]) -> tuple[Run, str]:
 
 
 def class_labels(label: Any, n: int, denoiser: Denoiser, info: DataInfo) -> Tensor | None:
-    """Labels (n,) as asked: one class, a list of classes in turn, "all" for each class in turn, or None.
+    """Labels (n,) as asked: one class, a list of classes in turn, or "all" for each class in turn.
 
-    A class is a number or one of the data's class names.
+    A class is a number or one of the data's class names. A class-conditional network has to be told one, so None is
+    "all" for it; for any other network None is all there is.
     """
     known = int(getattr(denoiser.network, "num_classes", 0))
-    if label is None:
+    if label is None and known == 0:
         return None
+    label = "all" if label is None else label
     if known == 0:
         raise UserError(f"label={label!r} needs a class-conditional run and this one is not: train conditional=true")
     wanted: Sequence[Any] = range(known) if label == "all" else label if isinstance(label, list) else [label]

@@ -102,6 +102,18 @@ def test_samples_do_not_depend_on_the_batch(glyph_run: Path) -> None:
     assert len(np.unique(pictures[0], axis=0)) == 7
 
 
+def test_a_conditional_run_draws_each_class_in_turn_unless_told(glyph_run: Path) -> None:
+    """Its network has not learned to go without a class."""
+    for arguments, expected in (([], [0, 1, 2, 3]), (["label=7"], [7] * 4), (["label=['3',1]"], [3, 1, 3, 1])):
+        out = f"classes-{expected[0]}-{expected[1]}"
+        done = command("sde.sample", "solver=heun", "steps=2", "n=4", f"out={out}", *arguments, folder=glyph_run)
+        assert done.code == 0, done.err
+        assert np.load(glyph_run / out / "samples.npz")["labels"].tolist() == expected
+    done = command("sde.sample", "label=12", folder=glyph_run)
+    assert done.code == 2
+    assert "label=12 is not a class: it is 0 to 9" in done.sentence
+
+
 def test_folders_of_samples_are_never_overwritten(point_run: Path) -> None:
     arguments = ["sde.sample", "run=runs/p", "solver=heun", "steps=2", "n=4"]
     for _ in range(3):
