@@ -135,11 +135,11 @@ class WandB(Logger):
         except ImportError:
             raise UserError("logger=wandb needs the package wandb: pip install wandb, or use logger=none") from None
         identity = folder / "wandb-id.txt"
-        mode = self._mode(wandb)
+        mode: Any = self._mode(wandb)
         self._run = wandb.init(
             project=self.project,
             entity=self.entity,
-            mode=mode,  # type: ignore[arg-type]  # checked in the constructor
+            mode=mode,
             tags=list(self.tags) or None,
             dir=str(folder),
             name=folder.name,
