@@ -6,6 +6,7 @@ charts and pictures. wandb is imported here alone, and only by a run with `logge
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -124,16 +125,16 @@ class WandB(Logger):
         tags: tuple[str, ...] = (),
     ) -> None:
         check_choice("logger.mode", mode, ("auto", "online", "offline"))
+        if importlib.util.find_spec("wandb") is None:
+            raise UserError("logger=wandb needs the package wandb: pip install wandb, or use logger=none")
         self.project, self.entity, self.mode, self.tags = project, entity, mode, tags
         self._run: Any = None
         self._levels: list[str] = []
 
     def start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
         """Open a W&B run, or the one that this folder had, as a further leg of it."""
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("logger=wandb needs the package wandb: pip install wandb, or use logger=none") from None
+        import wandb
+
         identity = folder / "wandb-id.txt"
         mode: Any = self._mode(wandb)
         self._run = wandb.init(
