@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sde.config import closest_key, conf_dir, import_plugins, plain
 from sde.errors import UserError, suggest
 
+RESUMABLE = "training, ema, optimizer and logger, and preview_steps"
 Command = Callable[[dict[str, Any]], None]
 
 
@@ -50,6 +51,7 @@ def run_command(name: str, command: Command) -> None:
         command: receives the resolved configuration.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here whole, and are made readable here
+    sys.argv[1:] = [quoted(word) for word in sys.argv[1:]]
 
     failures: list[BaseException] = []
     folders: list[Path] = []
@@ -83,6 +85,29 @@ def run_command(name: str, command: Command) -> None:
         _leave(f"the device is out of memory ({_first_line(error)}): lower the batch size or the size of the model", 1)
     except OSError as error:
         _leave(explain_os(error), 1)
+
+
+def quoted(word: str) -> str:
+    """An override key=value with the value quoted where it is a plain text that Hydra's grammar cannot read.
+
+    The shell has taken away the quotes around paths with spaces or letters beyond ASCII; lists, sweeps,
+    interpolations and values with quotes of their own stay as they are.
+    """
+    key, equals, value = word.partition("=")
+    plain_text = equals and not word.startswith("-") and not re.search(r"""['",\[\]{}()$\\]""", value)
+    if plain_text and not re.fullmatch(r"[\w.+\-/:%*@?|~]*", value, re.ASCII):
+        return f"{key}='{value}'"
+    return word
+
+
+def argument(name: str) -> str | None:
+    """The value given for `name` on the command line, as Hydra reads it; None for none or null."""
+    value: str | None = None
+    for word in sys.argv[1:]:
+        key, equals, text = word.partition("=")
+        if equals and key.lstrip("+") == name:
+            value = None if text in ("", "null") else text.strip("'\"")
+    return value
 
 
 def _leave(sentence: str, code: int, prefix: str = "error: ") -> None:
@@ -124,6 +149,8 @@ def explain_hydra(message: str, name: str) -> str:
         group, choice, names = found[1], found[2], options[1].split()
         return f"{group}={choice} is not one of {', '.join(names)}{suggest(choice, names)}"
     key = re.search(r"Could not override '([^']+)'", message) or re.search(r"Key '([^']+)' is not in struct", message)
+    if key and argument("resume") is not None:
+        return f"there is no option '{key[1]}' to change in the middle of a run: there are those of {RESUMABLE}"
     if key:
         beside, close = closest_key(key[1], _defaults(name))
         hint = f"; did you mean '{close}'?" if close else ""

@@ -120,8 +120,8 @@ class Denoiser(AbstractDenoiser):
 
 
 def _exact(t: Tensor) -> Tensor:
-    """`t` in float64, in which all coefficients are computed, where the device has that type."""
-    return t if t.device.type == "mps" else t.double()
+    """`t` in float64, in which all coefficients are computed."""
+    return t.double()
 
 
 class GaussianMixtureDenoiser(AbstractDenoiser):

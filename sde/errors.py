@@ -56,3 +56,9 @@ def check_number(
             if math.isfinite(bound)
         ]
         raise UserError(f"{name}={value!r} is out of range: it must be {' and '.join(bounds) or 'finite'}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise `UserError` unless `value` is true or false."""
+    if not isinstance(value, bool):
+        raise UserError(f"{name}={value!r} must be true or false")

@@ -118,8 +118,7 @@ class DenoisingScoreMatching:
         elif self.time == "log_snr":
             level = low + u * (high - low)
         else:
-            cumulative, _ = _importance(self, sde)
-            cumulative = cumulative.to(u.device)
+            cumulative, _ = _importance(self, sde, u.device)
             cell = torch.searchsorted(cumulative, u, right=True).clamp(1, _CELLS) - 1
             inside = (u - cumulative[cell]) / (cumulative[cell + 1] - cumulative[cell])
             level = low + (high - low) * (cell + inside) / _CELLS
@@ -140,9 +139,9 @@ class DenoisingScoreMatching:
             peak = (above - below) * self.log_normal_std * math.sqrt(2 * math.pi)
             standard = (level - self.log_normal_mean) / self.log_normal_std
             return speed * torch.exp(-0.5 * standard**2) / peak
-        _, shares = _importance(self, sde)
+        _, shares = _importance(self, sde, t.device)
         cell = ((level - low) / (high - low) * _CELLS).long().clamp(0, _CELLS - 1)
-        return speed * shares.to(t.device)[cell] * _CELLS / (high - low)
+        return speed * shares[cell] * _CELLS / (high - low)
 
     def _normal_cdf(self, log_level: float) -> float:
         # erfc keeps the digits of the lower tail, where 1 + erf rounds to 0
@@ -197,7 +196,7 @@ def _log_levels(sde: SDE) -> tuple[float, float]:
 
 
 @lru_cache(maxsize=32)
-def _importance(loss: DenoisingScoreMatching, sde: SDE) -> tuple[Tensor, Tensor]:
+def _importance(loss: DenoisingScoreMatching, sde: SDE, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cumulative shares (cells + 1,) and shares (cells,) of the distribution proportional to w(t) dt."""
     low, high = _log_levels(sde)
     edges = torch.linspace(low, high, _CELLS + 1, dtype=torch.float64)
@@ -205,4 +204,5 @@ def _importance(loss: DenoisingScoreMatching, sde: SDE) -> tuple[Tensor, Tensor]
     speed = 0.5 * (sde.g(middle) / sde.sigma(middle)) ** 2
     shares = loss.weight(sde, middle) / speed
     shares = shares / shares.sum()
-    return torch.cat([torch.zeros(1, dtype=torch.float64), torch.cumsum(shares, 0)]), shares
+    cumulative = torch.cat([torch.zeros(1, dtype=torch.float64), torch.cumsum(shares, 0)])
+    return cumulative.to(device), shares.to(device)

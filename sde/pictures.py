@@ -72,7 +72,9 @@ def scatter(points: Tensor, data: Tensor | None = None, title: str = "", limit: 
     """Points (N, 2) in the plane, over points of the data in gray, as uint8 (H, W, 3)."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(5, 5), dpi=100)
-    limit = limit or 1.1 * float((points if data is None else data).abs().max())
+    points = points[torch.isfinite(points).all(1)]
+    shown = points if data is None else data
+    limit = limit or max(0.1, 1.1 * float(shown.abs().max()) if len(shown) else 0.0)
     if data is not None:
         axes.scatter(*data[:5000].T.tolist(), s=2, color="0.8", label="data")
     axes.scatter(*points.T.tolist(), s=3, color="tab:blue", alpha=0.6, linewidths=0, label="samples")

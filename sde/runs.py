@@ -15,10 +15,11 @@ checkpoint, and the denoiser that they describe.
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +34,11 @@ from sde.denoiser import Denoiser
 from sde.errors import UserError
 from sde.files import write_json, write_text
 from sde.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, load_newest
+
+try:
+    import fcntl
+except ImportError:  # Windows has no fcntl
+    fcntl = None  # type: ignore[assignment]
 
 RUNS = Path("runs")
 
@@ -56,6 +62,32 @@ class Run:
     def metrics(self) -> Path:
         """The record of metrics."""
         return self.path / "metrics.jsonl"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from writing this run; the system lets go of the lock when a process dies.
+
+        Raises:
+            UserError: when another process is writing it.
+        """
+        if fcntl is None:
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = self.path / ".lock"
+        with file.open("a") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{self.path} is being written by another process: wait for it, or choose another hydra.run.dir"
+                ) from None
+            except OSError:  # some network file systems have no locks
+                pass
+            try:
+                yield
+            finally:
+                file.unlink(missing_ok=True)
 
     def config(self) -> dict[str, Any]:
         """The configuration that the run was made with.
@@ -81,14 +113,14 @@ class Run:
         write_json(self.path / "environment.json", environment(device))
 
 
-def find_run(path: str | None, root: Path = RUNS) -> Run:
+def find_run(path: str | int | None, root: Path = RUNS) -> Run:
     """The run at `path`; without one, or for "latest", the newest run below `root` that has a checkpoint.
 
     Raises:
         UserError: when there is none.
     """
     if path is not None and path != "latest":
-        folder = Path(path).expanduser()
+        folder = Path(str(path)).expanduser()
         if not folder.is_dir():
             raise UserError(f"run={path} does not exist: give the folder of a run, or leave run= out for the newest")
         return Run(folder)

@@ -18,7 +18,7 @@ from sde.config import build
 from sde.data import DataInfo
 from sde.denoiser import Denoiser
 from sde.devices import PRECISIONS, autocast, pick_device
-from sde.errors import UserError, check_choice, check_number
+from sde.errors import UserError, check_choice, check_flag, check_number
 from sde.files import atomic_write, write_json
 from sde.grids import Grid
 from sde.pictures import save_animation, save_grid, save_scatter, save_score_field, scatter, tile
@@ -45,6 +45,8 @@ def sample(config: dict[str, Any]) -> None:
             raise UserError(f"{name}={config[name]!r} must be a whole number")
         check_number(name, config[name], at_least=1)
     sample_seed(config["seed"], 0)
+    for name in ("ema", "trajectory"):
+        check_flag(name, config[name])
     check_choice("precision", config["precision"], PRECISIONS)
     device = pick_device(config["device"])
     solver: Solver = build(config["solver"], "solver")
@@ -68,7 +70,8 @@ def sample(config: dict[str, Any]) -> None:
         print(f"{config['n']} samples in {seconds:.1f} s, {max(nfe)} evaluations each, from {checkpoint.path}")
         draw_pictures(folder, samples, info, denoiser, plan)
         if config["trajectory"]:
-            draw_trajectory(folder / "trajectory.gif", denoiser, plan, info, min(config["n"], 64), labels)
+            with autocast(device, config["precision"]):
+                draw_trajectory(folder / "trajectory.gif", denoiser, plan, info, min(config["n"], 64), labels)
     finally:
         with contextlib.suppress(OSError):  # not empty unless the first file could not be written
             folder.rmdir()
@@ -112,7 +115,7 @@ def locate(config: dict[str, Any]) -> tuple[Run, str]:
     if which != "latest" and not which.isdigit() and config["run"] is None:
         path = Path(which).expanduser()
         return Run(path.parent.parent if path.parent.name == "checkpoints" else path.parent), which
-    return find_run(config["run"], Path(config["runs"])), which
+    return find_run(config["run"], Path(str(config["runs"]))), which
 
 
 def class_labels(label: Any, n: int, denoiser: Denoiser, info: DataInfo) -> Tensor | None:
@@ -148,7 +151,7 @@ def output_folder(run: Run, config: dict[str, Any], solver: Solver, plan: Plan) 
         UserError: when `out` is a folder with something in it.
     """
     if config["out"] is not None:
-        folder = Path(config["out"]).expanduser()
+        folder = Path(str(config["out"])).expanduser()
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"out={folder} exists and is not empty: choose a new folder")
     else:
@@ -198,7 +201,8 @@ def draw_pictures(folder: Path, samples: Tensor, info: DataInfo, denoiser: Denoi
         save_grid(folder / "grid.png", samples[:_SHOWN])
     elif info.shape == (2,):
         save_scatter(folder / "grid.png", samples, title=f"{len(samples)} samples")
-        limit = 1.2 * float(samples.abs().quantile(0.99))
+        finite = samples[torch.isfinite(samples).all(1)]
+        limit = max(0.1, 1.2 * float(finite.abs().quantile(0.99)) if len(finite) else 0.0)
         save_score_field(folder / "score_field.png", denoiser, limit, plan.device)
 
 
@@ -228,7 +232,7 @@ def draw_trajectory(path: Path, denoiser: Denoiser, plan: Plan, info: DataInfo, 
     if info.kind == "pixels":
         save_animation(path, [tile(info.decode(frame)) for frame in frames])
     else:
-        limit = 1.2 * max(float(frame.abs().quantile(0.995)) for frame in frames)
+        limit = max(0.1, 1.2 * max(float(frame.nan_to_num(0, 0, 0).abs().quantile(0.995)) for frame in frames))
         save_animation(path, [scatter(frame, limit=limit) for frame in frames])
 
 

@@ -51,6 +51,12 @@ def make_times(solver: Solver, denoiser: AbstractDenoiser, grid: Grid | None, st
     else:
         wanted = steps if steps is not None else solver.default_steps
         times = chosen(denoiser.sde, _SHOWN_STEPS if wanted is None else wanted)
+    start, noise = times[0], denoiser.sde.noise_level
+    if float(noise(start)) < 0.9 * float(noise(denoiser.sde.T)):
+        raise UserError(
+            f"the time grid starts at t={start:g}, where data is left: samples start from noise, so let the first time "
+            f"be T={denoiser.sde.T:g} (noise level {float(noise(denoiser.sde.T)):.4g})"
+        )
     return tuple(solver.check_times(denoiser.sde, times))
 
 

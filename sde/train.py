@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from sde.cli import Interrupted, choices, output_dir, run_command, task_overrides
+from sde.cli import RESUMABLE, Interrupted, argument, choices, output_dir, run_command, task_overrides
 from sde.config import build
 from sde.data import DataInfo, Dataset, measure_sigma_data
 from sde.devices import pick_device
-from sde.errors import UserError
+from sde.errors import UserError, check_flag
 from sde.pictures import save_grid, save_scatter
 from sde.runs import Run, build_denoiser, find_run
 from sde.sampling import Plan, draw, make_times
@@ -31,25 +32,24 @@ from sde.training.validation import Validation
 
 def main() -> None:
     """Entry point of the command line."""
-    resumed = _argument("resume")
+    resumed = argument("resume")
     if resumed is not None:
         # the run goes on in its own folder, which has to exist before Hydra would make one of that name
-        sys.argv.append(f"hydra.run.dir='{find_run_or_leave(resumed).path}'")
+        path = str(find_run_or_leave(resumed).path).replace("'", "\\'")
+        sys.argv = [word.lstrip("+") if word.lstrip("+").startswith("resume=") else word for word in sys.argv]
+        sys.argv.append(f"hydra.run.dir='{path}'")
     run_command("train", train)
 
 
 def find_run_or_leave(path: str) -> Run:
     """The run to resume; leaves with one sentence when there is none."""
     try:
+        if {"-m", "--multirun"} & set(sys.argv):
+            raise UserError("resume= goes on with one run: leave --multirun out")
         return find_run(path)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-def _argument(name: str) -> str | None:
-    values = [word.split("=", 1)[1] for word in sys.argv[1:] if word.startswith(f"{name}=")]
-    return values[-1] if values and values[-1] not in ("", "null") else None
 
 
 def train(config: dict[str, Any]) -> None:
@@ -61,6 +61,8 @@ def train(config: dict[str, Any]) -> None:
     elif list_checkpoints(run.checkpoints):
         raise UserError(f"{run.path} holds a run already: use resume={run.path}, or another hydra.run.dir")
     options: TrainingOptions = build(config["training"], "training")
+    check_flag("conditional", config["conditional"])
+    check_flag("ema.warmup", config["ema"]["warmup"])
     device = pick_device(options.device, "training.device")
     dataset: Dataset = build(config["data"], "data")
     measure_auto(config, dataset)
@@ -71,7 +73,7 @@ def train(config: dict[str, Any]) -> None:
     denoiser = build_denoiser(config, dataset.info).to(device)
     if len(dataset.info.shape) == 3:
         denoiser.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    labeled = bool(config["conditional"])
+    labeled = config["conditional"]
     trainer = Trainer(
         denoiser=denoiser,
         ema=EMA(denoiser.network, **config["ema"]),
@@ -81,40 +83,42 @@ def train(config: dict[str, Any]) -> None:
         batches=Batches(dataset, options.batch_size, options.seed, device, labeled),
     )
     if resumed:
-        trainer.load_state(load_newest(run.checkpoints).content)
-        if trainer.step >= options.steps:
-            raise UserError(f"{run.path} has made all its {options.steps} steps: raise training.steps to go on")
+        go_on(run, trainer)
     times = make_times(solver, denoiser, None, config["preview_steps"])
     plan = Plan(solver, times, dataset.info.shape, options.seed, device)
     validation = Validation(dataset, options, device, labeled)
     logger: Logger = build(config["logger"], "logger")
-    run.write_beginning(config, dataset.info, device)
     if options.compile:
         denoiser.network.compile()
-    announce(run, trainer, dataset)
-    logger.start(run.path, config, trainer.step)
-    metrics = MetricsFile(run.metrics, trainer.step)
-    code = 1
-    try:
-        with StopRequest().listening() as stop:
-            fit(trainer, hooks(run, trainer, config, dataset, validation, plan, metrics, logger), stop)
-        code = 0
-    finally:
-        metrics.close()
-        logger.finish(code)
+    with run.locked():
+        run.write_beginning(config, dataset.info, device)
+        announce(run, trainer, dataset)
+        logger.start(run.path, config, trainer.step)
+        metrics = MetricsFile(run.metrics, trainer.step)
+        code = 1
+        try:
+            with StopRequest().listening() as stop:
+                fit(trainer, hooks(run, trainer, config, dataset, validation, plan, metrics, logger), stop)
+            code = 0
+        finally:
+            metrics.close()
+            logger.finish(code)
     finish(run, trainer, stop)
 
 
 def resumed_config(run: Run) -> dict[str, Any]:
-    """The run's own configuration with this command's overrides; components cannot change in the middle of a run."""
+    """The run's own configuration with this command's overrides, which may concern how it is trained and no more."""
     config = run.config()
     groups = choices()
     for override in task_overrides():
         key, _, value = override.lstrip("+").partition("=")
         if key == "resume" or key.startswith("hydra"):
             continue
-        if key in groups:
-            raise UserError(f"{override} cannot change in the middle of a run: leave it out, or train a new run")
+        if key in groups or not key.startswith(("training.", "ema.", "optimizer.", "logger.", "preview_")):
+            raise UserError(
+                f"{override} cannot change in the middle of a run, where only the options of {RESUMABLE} can: "
+                "leave it out, or train a new run"
+            )
         settings = OmegaConf.create(config)
         OmegaConf.set_struct(settings, True)
         if OmegaConf.select(settings, key, default=...) is ...:
@@ -123,6 +127,24 @@ def resumed_config(run: Run) -> dict[str, Any]:
         assert isinstance(settings, DictConfig)
         config = {str(k): v for k, v in OmegaConf.to_container(settings).items()}  # type: ignore[union-attr]
     return config
+
+
+def go_on(run: Run, trainer: Trainer) -> None:
+    """Load the newest whole checkpoint; damaged newer ones are renamed, so that nobody takes them for good again."""
+    checkpoint = load_newest(run.checkpoints)
+    try:
+        trainer.load_state(checkpoint.content)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{checkpoint.path} does not fit the run's config.yaml ({reason}): restore it") from error
+    if trainer.step >= trainer.options.steps:
+        raise UserError(
+            f"{run.path} has made {trainer.step} steps and training.steps={trainer.options.steps} asks for no more: "
+            "raise training.steps to go on"
+        )
+    for step, path in list_checkpoints(run.checkpoints):
+        if step > trainer.step:
+            path.rename(path.with_suffix(".damaged"))
 
 
 def measure_auto(config: dict[str, Any], dataset: Dataset) -> None:
@@ -201,7 +223,7 @@ def finish(run: Run, trainer: Trainer, stop: StopRequest) -> None:
             130 if stop.signal == 2 else 0,
         )
     print(f"checkpoint {checkpoint}\nmetrics    {run.metrics}")
-    print(f"draw samples with: python -m sde.sample run={run.path}")
+    print(f"draw samples with: python -m sde.sample {shlex.quote(f'run={run.path}')}")
 
 
 if __name__ == "__main__":

@@ -225,12 +225,6 @@ def check_whole(name: str, value: object, *, at_least: int, at_most: int | None 
     check_number(name, value, at_least=at_least, at_most=math.inf if at_most is None else at_most)
 
 
-def check_flag(name: str, value: object) -> None:
-    """Raise `UserError` unless `value` is true or false."""
-    if not isinstance(value, bool):
-        raise UserError(f"{name}={value!r} must be true or false")
-
-
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -15,11 +15,11 @@ from typing import IO
 import numpy as np
 import torch
 
-from sde.data.base import DataInfo, Dataset, Split, check_flag, check_split, register
+from sde.data.base import DataInfo, Dataset, Split, check_split, register
 from sde.data.cache import cache_dir
 from sde.data.download import fetch
 from sde.data.unpickle import load_arrays
-from sde.errors import UserError
+from sde.errors import UserError, check_flag
 
 ARCHIVE = "cifar-10-binary.tar.gz"
 URLS = (

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from sde.data.base import DataInfo, Dataset, Split, check_flag, check_whole, register
+from sde.data.base import DataInfo, Dataset, Split, check_whole, register
 from sde.data.cache import cache_dir, key
 from sde.data.fonts import ALL, Face, find_faces, parse_characters, specimens
 from sde.data.prepared import VERSION, Prepared, SplitWriter, held_out, load_or_prepare
-from sde.errors import UserError, check_number
+from sde.errors import UserError, check_flag, check_number
 
 
 @register("glyphs")

@@ -18,12 +18,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from sde.data.base import DataInfo, Dataset, Split, check_flag, check_whole, register
+from sde.data.base import DataInfo, Dataset, Split, check_whole, register
 from sde.data.cache import cache_dir, key
 from sde.data.labels import Labels, number
 from sde.data.pictures import Shaping, decode
 from sde.data.prepared import VERSION, Prepared, SplitWriter, held_out, load_or_prepare
-from sde.errors import UserError, check_number, suggest
+from sde.errors import UserError, check_flag, check_number, suggest
 
 TEST_SPLITS = ("test", "validation", "valid", "val")
 LABEL_COLUMNS = ("label", "labels")

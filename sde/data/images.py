@@ -19,13 +19,13 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from tqdm import tqdm
 
-from sde.data.base import DataInfo, Dataset, Split, check_flag, check_whole, register
+from sde.data.base import DataInfo, Dataset, Split, check_whole, register
 from sde.data.cache import cache_dir, key
 from sde.data.files import Files, open_files
 from sde.data.labels import MODES, find_labels
 from sde.data.pictures import SUFFIXES, Shaping, decode
 from sde.data.prepared import VERSION, Prepared, SplitWriter, held_out, load_or_prepare
-from sde.errors import UserError, check_choice, check_number
+from sde.errors import UserError, check_choice, check_flag, check_number
 
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 WINDOW = 256  # pictures that are decoded at a time

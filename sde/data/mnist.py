@@ -16,10 +16,10 @@ from typing import IO, cast
 import numpy as np
 import torch
 
-from sde.data.base import DataInfo, Dataset, Split, check_flag, check_split, check_whole, register
+from sde.data.base import DataInfo, Dataset, Split, check_split, check_whole, register
 from sde.data.cache import cache_dir
 from sde.data.download import fetch
-from sde.errors import UserError
+from sde.errors import UserError, check_flag
 
 MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sde.data.base import DataInfo, Dataset, Split, check_flag, check_split, check_whole, register
+from sde.data.base import DataInfo, Dataset, Split, check_split, check_whole, register
 from sde.data.labels import Labels, number
 from sde.data.prepared import held_out
-from sde.errors import UserError, check_choice, check_number, suggest
+from sde.errors import UserError, check_choice, check_flag, check_number, suggest
 
 KEYS = ("x_train", "x", "images", "samples", "data", "arr_0")
 LABEL_KEYS = ("y_train", "y", "labels", "label", "arr_1")

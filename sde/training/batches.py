@@ -35,15 +35,22 @@ class Batches:
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor | None]:
         """The examples (B, *shape) of step `step` and their labels (B,) or None."""
-        indices = self.order(step).to(self.split.values.device)
-        values = self.split.values[indices].to(self.device, non_blocking=True)
+        indices = self._send(self.order(step), self.split.values.device)
+        values = self._send(self.split.values[indices], self.device)
         x = self.info.encode(values)
         if self.flip:
             generator = torch.Generator().manual_seed(step_seed(self.seed, step, "flip"))
-            flips = (torch.rand(len(x), generator=generator) < 0.5).to(self.device)
+            flips = self._send(torch.rand(len(x), generator=generator) < 0.5, self.device)
             x = torch.where(flips[:, None, None, None], x.flip(-1), x)
-        label = None if self.labels is None else self.labels[indices].to(self.device)
+        label = None if self.labels is None else self._send(self.labels[indices], self.device)
         return x, label
+
+    @staticmethod
+    def _send(tensor: Tensor, device: torch.device) -> Tensor:
+        """`tensor` on `device`, without waiting for the device: only pinned memory is copied in the background."""
+        if tensor.device == device or device.type != "cuda":
+            return tensor.to(device)
+        return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def fits(split: Split, device: torch.device) -> bool:

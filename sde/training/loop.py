@@ -100,19 +100,20 @@ class Trainer:
             last_good: names the last checkpoint, for the message.
 
         Raises:
-            UserError: when a loss was not finite, naming the step and the noise levels.
+            UserError: when a loss or a gradient was not finite, naming the step and the noise levels.
         """
         steps = range(self._logged_from, self.step)
         rows = torch.tensor([step % self.options.log_every for step in steps], device=self.device)
         values = self._losses[rows].double().cpu()
         self._logged_from = self.step
-        bad = (~torch.isfinite(values[:, 0])).nonzero().flatten()
+        bad = (~torch.isfinite(values).all(1)).nonzero().flatten()
         if len(bad):
             step = steps[int(bad[0])]
             t = self._times[step % self.options.log_every]
             levels = self.denoiser.sde.noise_level(t).cpu()
             raise UserError(
-                f"the loss of step {step} is {values[bad[0], 0].item()}, at noise levels from {levels.min():.3g} to "
+                f"the loss of step {step} is {values[bad[0], 0].item():g} and its gradient's norm "
+                f"{values[bad[0], 1].item():g}, at noise levels from {levels.min():.3g} to "
                 f"{levels.max():.3g}: lower optimizer.lr or training.clip; {last_good()}"
             )
         return {"train/loss": values[:, 0].mean().item(), "train/gradient_norm": values[:, 1].mean().item()}
@@ -127,10 +128,13 @@ class Trainer:
         }
 
     def load_state(self, content: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint, with the optimizer's options as they were asked for now."""
+        options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.denoiser.network.load_state_dict(content["model"])
         self.ema.network.load_state_dict(content["ema"])
         self.optimizer.load_state_dict(content["optimizer"])
+        for group, asked in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(asked)
         self.step = self._logged_from = int(content["step"])
 
 

@@ -21,7 +21,7 @@ class TrainingOptions:
         batch_size: examples of one optimizer step.
         accumulation: parts in which a batch goes through the network, to save memory.
         seed: of everything random.
-        device: auto, cpu, cuda, cuda:0, ... or mps.
+        device: auto, cpu, cuda or cuda:0, ...
         precision: fp32, or bf16 for the network (the loss stays float32).
         compile: compile the network with torch.compile.
         clip: largest norm of the gradient; 0 does not clip.
