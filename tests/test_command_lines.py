@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -15,8 +16,9 @@ import torch
 from PIL import Image
 
 from sde.data import DataInfo
+from sde.runs import Run
 from sde.solvers import SOLVERS
-from sde.training.checkpoint import checkpoint_path, list_checkpoints
+from sde.training.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
 from tests.commands import TINY, TINY_2D, command
 
 
@@ -183,6 +185,7 @@ def test_resuming_from_a_damaged_newest_checkpoint_goes_on_from_the_one_before(t
     assert done.code == 0, done.err
     assert "going on from step 10" in done.out
     assert [step for step, _ in list_checkpoints(tmp_path / "r" / "checkpoints")] == [10, 20]
+    assert (tmp_path / "r" / "checkpoints" / "step-00000020.damaged").read_bytes() == b"not a checkpoint"
     steps = [json.loads(line)["step"] for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [10, 20]
 
@@ -208,10 +211,20 @@ MISTAKES = [
     ("sde.train", ["data=moons"], ["(2,)"]),
     ("sde.train", ["data=images", "data.path=/no/such/folder"], ["/no/such/folder"]),
     ("sde.train", ["data=swissroll", "model=mlp", "conditional=true"], ["conditional=true", "no"]),
+    ("sde.train", ["conditional=no"], ["conditional='no'", "true or false"]),
+    ("sde.train", ["training.device=mps"], ["'mps'", "auto, cpu, cuda"]),
+    ("sde.train", ["-m", "resume=runs/p"], ["leave --multirun out"]),
+    ("sde.train", ["resume=runs/p", "sde.beta_max=3"], ["sde.beta_max=3 cannot change", "optimizer"]),
+    ("sde.train", ["resume=runs/p", "model.width=20"], ["'model.width'", "in the middle of a run"]),
+    ("sde.train", ["+resume=nothing-here"], ["nothing-here", "does not exist"]),
     ("sde.train", ["resume=nothing-here"], ["nothing-here", "does not exist"]),
     ("sde.train", ["preview_solver=pc"], ["solver@preview_solver"]),
     ("sde.train", ["plugins=[no_such_module]"], ["no_such_module", "install it"]),
     ("sde.sample", ["runs=empty"], ["there is no run", "python -m sde.train"]),
+    ("sde.sample", ["run=5"], ["run=5", "does not exist"]),
+    ("sde.sample", ["run=ein Läufer"], ["run=ein Läufer", "does not exist"]),
+    ("sde.sample", ["ema=maybe"], ["ema='maybe'", "true or false"]),
+    ("sde.sample", ["grid=explicit", "grid.noise_levels=[0.5,0.1]", "solver=heun"], ["start from noise", "T=1"]),
     ("sde.sample", ["run=nope"], ["run=nope", "does not exist"]),
     ("sde.sample", ["n=0"], ["n=0", "at least 1"]),
     ("sde.sample", ["n=two"], ["n='two'", "whole number"]),
@@ -283,6 +296,52 @@ def test_components_do_not_change_in_the_middle_of_a_run(point_run: Path) -> Non
     assert "raise training.steps" in done.sentence
 
 
+def test_folders_with_spaces_and_letters_of_any_kind(tmp_path: Path) -> None:
+    """The shell has taken the quotes away; what is printed to go on with can be pasted back."""
+    done = command("sde.train", *TINY_2D, "hydra.run.dir=ein Ordner é", folder=tmp_path)
+    assert done.code == 0, done.err
+    line = done.out.splitlines()[-1]
+    word = shlex.split(line.split("sde.sample ")[1])[0]
+    assert command("sde.sample", word, "n=2", "steps=2", "out=zwei Bilder", folder=tmp_path).code == 0
+    assert (tmp_path / "zwei Bilder" / "samples.npz").is_file()
+    again = command("sde.train", word.replace("run=", "resume="), "training.steps=30", folder=tmp_path)
+    assert again.code == 0, again.err
+    assert "going on from step 20" in again.out
+
+
+def test_one_process_writes_a_run(tmp_path: Path) -> None:
+    """The second is told so, and touches nothing; the lock goes with the process that held it."""
+    with Run(tmp_path / "r").locked():
+        done = command("sde.train", *TINY_2D, "hydra.run.dir=r", folder=tmp_path)
+        assert done.code == 2
+        assert "is being written by another process" in done.sentence
+        assert [path.name for path in (tmp_path / "r").iterdir()] == [".lock"]
+    done = command("sde.train", *TINY_2D, "hydra.run.dir=r", folder=tmp_path)
+    assert done.code == 0, done.err
+    assert not (tmp_path / "r" / ".lock").exists()
+
+
+def test_resuming_takes_new_options_of_the_optimizer(tmp_path: Path) -> None:
+    assert command("sde.train", *TINY_2D, "hydra.run.dir=r", folder=tmp_path).code == 0
+    options = ["optimizer.weight_decay=0.25", "optimizer.betas=[0.5,0.6]", "optimizer.lr=0.01", "training.steps=22"]
+    done = command("sde.train", "resume=r", *options, folder=tmp_path)
+    assert done.code == 0, done.err
+    content = load_checkpoint(checkpoint_path(tmp_path / "r" / "checkpoints", 22)).content
+    (group,) = content["optimizer"]["param_groups"]
+    assert (group["weight_decay"], tuple(group["betas"])) == (0.25, (0.5, 0.6))
+    assert group["lr"] == pytest.approx(0.01 * 22 / 1000)  # warm-up
+    assert content["config"]["optimizer"]["weight_decay"] == 0.25
+
+
+def test_samples_that_are_not_finite_still_get_their_files(point_run: Path) -> None:
+    done = command(
+        "sde.sample", "solver.snr=1e15", "solver.corrector=ald", "steps=5", "n=8", "out=nan", folder=point_run
+    )
+    assert done.code == 0, done.err
+    assert "are not finite" in done.out
+    assert (point_run / "nan" / "grid.png").is_file()
+
+
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     done = command("sde.train", *TINY_2D, "hydra.run.dir=file/run", folder=tmp_path)
@@ -325,7 +384,7 @@ def test_a_damaged_picture_is_named(tmp_path: Path) -> None:
 
 def test_a_configuration_from_elsewhere_cannot_run_code(point_run: Path, tmp_path: Path) -> None:
     """A checkpoint whose configuration names something else than a registered class is refused."""
-    from sde.training.checkpoint import load_checkpoint, save_checkpoint
+    from sde.training.checkpoint import save_checkpoint
 
     content = load_checkpoint(checkpoint_path(point_run / "runs" / "p" / "checkpoints", 20)).content
     content["config"]["model"]["_target_"] = "os.system"
