@@ -11,7 +11,8 @@ does with a network's output depends on how it was trained:
     VE, continuous           score = F(x, sigma(t))
     VE, discrete             score = F(x, round((1 - t) (n - 1)))                    (`chains.SMLDChain`)
 
-`solver=pc solver.discretization=score_sde solver.final=mean` then samples as the original does.
+`solver=pc solver.discretization=score_sde solver.final=mean` then samples as the original does. The original takes the
+number of sampling steps for n, too: to follow a discrete network there, set n of its parameterization to the steps.
 """
 
 from __future__ import annotations
