@@ -15,13 +15,10 @@ from torch import Tensor, nn
 
 from sde.errors import UserError
 from sde.models import DDPM, MLP, MODELS, DDPMpp, NCSNpp
+from tests.small_models import SMALL, build, distance, inputs, lively, shape_of
 
 CONF = Path(__file__).parents[1] / "conf" / "model"
 NAMES = sorted(MODELS)
-SMALL: dict[str, dict[str, Any]] = {
-    name: {"channels": 8, "channel_multipliers": [1, 2], "blocks_per_level": 1, "attention_resolutions": [4]}
-    for name in ("ncsnpp", "ddpmpp", "ddpm")
-} | {"mlp": {"width": 16, "depth": 2}}
 
 
 @pytest.fixture(autouse=True)
@@ -31,38 +28,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def shape_of(name: str) -> tuple[int, ...]:
-    return (2,) if name == "mlp" else (3, 8, 8)
-
-
-def lively(model: nn.Module) -> nn.Module:
-    """`model` with weights of natural size everywhere; a fresh one starts with many near zero and gives zero."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            fan = parameter[0].numel() if parameter.ndim > 1 else 10
-            parameter.add_(torch.randn_like(parameter) / fan**0.5)
-    return model
-
-
-def build(name: str, num_classes: int = 0, **settings: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return lively(MODELS.get(name)(shape_of(name), num_classes, **SMALL[name] | settings)).eval()
-
-
-def inputs(name: str, batch: int = 3, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn((batch, *shape_of(name)), generator=generator, dtype=torch.float64)
-    low, high = {"time": (0.01, 999.0), "sigma": (0.01, 50.0), "log_sigma": (-1.6, 1.3)}[build(name).noise_label]
-    noise = low + (high - low) * torch.rand(batch, generator=generator, dtype=torch.float64)
-    return x.to(dtype), noise.to(dtype)
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    a, b = a.detach().double(), b.detach().double()
-    return float((a - b).norm() / b.norm())
 
 
 @pytest.mark.parametrize("name", NAMES)
