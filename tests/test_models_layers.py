@@ -14,7 +14,7 @@ from sde.errors import UserError
 from sde.models.embeddings import ConditionEmbedding, FourierFeatures, NoiseScales, SinusoidalFeatures
 from sde.models.layers import ACTIVATIONS, ResidualBlock, SelfAttention, conv, group_norm, initialize
 from sde.models.resample import FIRConvDownsample, FIRConvUpsample, check_fir_kernel, downsample, upsample
-from tests.score_sde_reference import attention, fir_conv_down, fir_conv_up, fir_down, fir_up
+from benchmarks.original import attention, fir_conv_down, fir_conv_up, fir_down, fir_up
 
 KERNELS = ([1, 3, 3, 1], [1, 1], [1, 2, 1], [1, 4, 6, 4, 1], [1, 2, 3, 5, 4, 1])
 EXACT = {"rtol": 0, "atol": 1e-13}

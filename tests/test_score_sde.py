@@ -27,7 +27,7 @@ from sde.reverse import ReverseProcess
 from sde.solvers import PredictorCorrector, SciPyODE
 from tests.commands import command
 from tests.conftest import SHARED
-from tests.score_sde_reference import ListNetwork
+from benchmarks.original import ListNetwork
 
 GOLDEN = SHARED / "golden"
 CASES = ("vp_ncsnpp", "ve_ncsnpp", "subvp_ddpmpp", "ve_ffhq", "vp_ddpm")

@@ -27,7 +27,7 @@ from sde.interop.score_sde_weights import (
     settings_from_config,
 )
 from sde.models import DDPM, NCSNpp
-from tests.score_sde_reference import ListNetwork
+from benchmarks.original import ListNetwork
 
 GOLDEN = Path(__file__).parents[1] / ".." / "shared" / "golden"
 CASES = ("subvp_ddpmpp", "ve_ffhq", "ve_ncsnpp", "vp_ddpm", "vp_ncsnpp")

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ACTIVATIONS = {
-    "swish": lambda x: x * torch.sigmoid(x),
+    "swish": F.silu,
     "elu": F.elu,
     "relu": torch.relu,
     "lrelu": lambda x: torch.where(x > 0, x, 0.2 * x),
@@ -25,13 +25,12 @@ ACTIVATIONS = {
 
 
 def upfirdn(x: Tensor, kernel: Tensor, up: int = 1, down: int = 1, pad: tuple[int, int] = (0, 0)) -> Tensor:
-    """Insert zeros after every pixel, pad, convolve with `kernel` (K, K), keep every n-th pixel."""
+    """Insert zeros after every pixel, pad, convolve every channel with `kernel` (K, K), keep every n-th pixel."""
     batch, channels, height, width = x.shape
-    y = x.new_zeros(batch, channels, height * up, width * up)
-    y[:, :, ::up, ::up] = x
+    y = F.pad(x.reshape(-1, height, 1, width, 1), (0, up - 1, 0, 0, 0, up - 1)).reshape(-1, 1, height * up, width * up)
     y = F.pad(y, (pad[0], pad[1], pad[0], pad[1]))
-    weight = kernel.flip(0, 1).to(x)[None, None].repeat(channels, 1, 1, 1)
-    return F.conv2d(y, weight, groups=channels)[:, :, ::down, ::down]
+    y = F.conv2d(y, kernel.flip(0, 1).to(x)[None, None])
+    return y.reshape(batch, channels, *y.shape[2:])[:, :, ::down, ::down]
 
 
 def square(kernel: list[float]) -> Tensor:
@@ -97,7 +96,8 @@ class Nin(nn.Module):
         self.b = nn.Parameter(torch.empty(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("bihw,io->bohw", x, self.W) + self.b[None, :, None, None]
+        y = torch.einsum("bhwi,io->bhwo", x.permute(0, 2, 3, 1), self.W) + self.b
+        return y.permute(0, 3, 1, 2)
 
 
 class Attention(nn.Module):
@@ -169,6 +169,7 @@ class Block(nn.Module):
         self.Conv_0 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.Dense_0 = nn.Linear(4 * net.nf, out_channels)
         self.GroupNorm_1 = net.norm(out_channels)
+        self.dropout = nn.Dropout(net.model["dropout"])
         self.Conv_1 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if net.biggan and (in_channels != out_channels or resample):
             self.Conv_2 = nn.Conv2d(in_channels, out_channels, 1)
@@ -184,7 +185,7 @@ class Block(nn.Module):
         h = self.Conv_0(h)
         if embedding is not None:
             h = h + self.Dense_0(self.act(embedding))[:, :, None, None]
-        h = self.Conv_1(self.act(self.GroupNorm_1(h)))
+        h = self.Conv_1(self.dropout(self.act(self.GroupNorm_1(h))))
         x = self.Conv_2(x) if hasattr(self, "Conv_2") else self.NIN_0(x) if hasattr(self, "NIN_0") else x
         return (x + h) / math.sqrt(2) if self.rescale else x + h
 
@@ -204,6 +205,7 @@ class ListNetwork(nn.Module):
         self.model = {
             "resblock_type": "ddpm", "embedding_type": "positional", "progressive": "none", "progressive_input": "none",
             "progressive_combine": "sum", "fir": False, "skip_rescale": False, "fir_kernel": [1, 3, 3, 1],
+            "dropout": 0.0,
         } | model  # fmt: skip
         if self.ddpm:
             self.model |= {"embedding_type": "positional", "conditional": True}
@@ -223,7 +225,7 @@ class ListNetwork(nn.Module):
                 fan = parameter.shape[0]
             offset = 1.0 if "GroupNorm" in name and name.endswith("weight") else 0.0
             parameter.data = offset + torch.randn(parameter.shape, dtype=torch.float64) / math.sqrt(fan)
-        self.double()
+        self.double().eval()
 
     def norm(self, channels: int) -> nn.GroupNorm:
         return nn.GroupNorm(32 if self.ddpm else min(channels // 4, 32), channels, eps=1e-6)
