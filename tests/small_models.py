@@ -17,9 +17,24 @@ SMALL: dict[str, dict[str, Any]] = {
     for name in ("ncsnpp", "ddpmpp", "ddpm")
 } | {
     "mlp": {"width": 16, "depth": 2},
+    "dit": {"patch_size": 2, "width": 16, "depth": 2, "heads": 2},
+    "unet1d": {
+        "channels": 8,
+        "channel_multipliers": [1, 2],
+        "blocks_per_level": 1,
+        "attention_lengths": [8],
+        "heads": 2,
+    },
+    "edm2": {
+        "channels": 8,
+        "channel_multipliers": [1, 2],
+        "blocks_per_level": 1,
+        "attention_resolutions": [4],
+        "channels_per_head": 4,
+    },
 }
 PICTURE = (3, 8, 8)
-SHAPES: dict[str, tuple[int, ...]] = {"mlp": (2,)}
+SHAPES: dict[str, tuple[int, ...]] = {"mlp": (2,), "unet1d": (3, 16)}
 
 # The range of each noise label, for times and noise levels that training meets.
 LABELS = {"time": (0.01, 999.0), "sigma": (0.01, 50.0), "log_sigma": (-1.6, 1.3), "index": (0.0, 999.0)}

@@ -3,7 +3,10 @@
 from sde.models.base import MODELS, register
 from sde.models.ddpm import DDPM
 from sde.models.ddpmpp import DDPMpp
+from sde.models.dit import DiT
+from sde.models.edm2 import EDM2
 from sde.models.mlp import MLP
 from sde.models.ncsnpp import NCSNpp
+from sde.models.unet1d import UNet1d
 
-__all__ = ["DDPM", "MLP", "MODELS", "DDPMpp", "NCSNpp", "register"]
+__all__ = ["DDPM", "EDM2", "MLP", "MODELS", "DDPMpp", "DiT", "NCSNpp", "UNet1d", "register"]
