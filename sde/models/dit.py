@@ -17,9 +17,9 @@ Positions are either added to h_0 once (`SinCosPositions`) or turn queries and k
     DiT-L     width=1024 depth=24 heads=16   458 M
     DiT-XL    width=1152 depth=28 heads=16   675 M
 
-Those numbers are for 1000 classes and count two things that are not parameters here: the fixed table of positions, n
-vectors of `width`, and the half of W_out that gives the variances of DDPM's reverse steps, p^2 C (width + 1). The
-features of time end at a frequency of 1e-4 rad per step here, and at 1.07e-4 there.
+Those numbers are for 1000 classes and count what is not here, the half of W_out that gives the variances of DDPM's
+reverse steps: p^2 C (width + 1) parameters. The published network also counts its fixed table of positions, n vectors
+of `width`. Its features of time end at a frequency of 1.07e-4 rad per step, and at 1e-4 here.
 """
 
 from __future__ import annotations
