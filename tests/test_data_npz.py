@@ -1,4 +1,4 @@
-"""Arrays in NumPy files: pictures of every layout, vectors, labels, divisions, and files that are refused."""
+"""Arrays in NumPy files: pictures and sequences of every layout, vectors, labels, divisions, what is refused."""
 
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,37 @@ def test_floats_are_vectors(tmp_path: Path, dtype: str, shape: tuple[int, ...]) 
     assert split.values.dtype == torch.float32
     assert (split.values.numpy() == array.astype(np.float32)).all()
     assert torch.equal(dataset.info.decode(dataset.info.encode(split.values)), split.values)
+
+
+@pytest.mark.parametrize(("layout", "axes"), [("auto", (0, 1, 2)), ("ncl", (0, 1, 2)), ("nlc", (0, 2, 1))])
+def test_layouts_of_sequences(tmp_path: Path, layout: str, axes: tuple[int, ...]) -> None:
+    sequences = RNG.standard_normal((10, 3, 8)).astype(np.float32)
+    dataset = Npz(save(tmp_path, x=sequences.transpose(axes)), layout=layout, test_fraction=0)
+    assert (dataset.info.kind, dataset.info.shape) == ("vectors", (3, 8))
+    assert (dataset.split("train").values.numpy() == sequences).all()
+
+
+def test_sequences_of_one_value_at_each_place(tmp_path: Path) -> None:
+    sequences = RNG.standard_normal((10, 8))
+    np.save(tmp_path / "sequences.npy", sequences)
+    for path in (save(tmp_path, x=sequences), str(tmp_path / "sequences.npy")):
+        dataset = Npz(path, layout="nl", test_fraction=0)
+        assert dataset.info.shape == (1, 8)
+        assert (dataset.split("train").values[:, 0].numpy() == sequences.astype(np.float32)).all()
+
+
+@pytest.mark.parametrize(
+    ("array", "layout", "message"),
+    [
+        (COLOR, "nlc", "layout=nlc is for sequences, and x in .* has dtype uint8: use one of auto, nhwc, nchw, nhw"),
+        (COLOR / 255, "nchw", "layout=nchw is for pictures, and x in .* has dtype float64: use one of auto, ncl"),
+        (COLOR / 255, "nlc", r"shape \(10, 3, 6, 8\), and layout=nlc has 3 axes"),
+        (COLOR[:, 0] / 255, "nl", r"shape \(10, 6, 8\), and layout=nl has 2 axes"),
+    ],
+)
+def test_layouts_of_something_else_are_refused(tmp_path: Path, array: np.ndarray, layout: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Npz(save(tmp_path, x=array), layout=layout).split("train")
 
 
 def test_a_npy_is_memory_mapped_and_never_written_to(tmp_path: Path) -> None:

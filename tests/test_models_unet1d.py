@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from sde.errors import UserError
 from sde.models.unet1d import AverageDown, AverageUp, ConvDown, ConvUp, SelfAttention1d, UNet1d
+from tests.commands import command
 from tests.small_models import distance, lively
 
 SHAPE = (2, 24)
@@ -343,3 +345,38 @@ def test_shapes_that_do_not_suit() -> None:
         UNet1d((24,))
     with pytest.raises(UserError, match="num_classes=-1"):
         UNet1d(SHAPE, -1)
+
+
+def test_sequences_in_a_file_are_learned_and_drawn(tmp_path: Path) -> None:
+    """Waves of two frequencies, one a class; the same samples in batches of any size."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 96)
+    phase = rng.uniform(0, 2 * np.pi, (96, 1)) + 2 * np.pi * np.arange(24) / 24 * (1 + labels[:, None])
+    waves = np.stack([np.cos(phase), np.sin(phase)], axis=2) / np.sqrt(2)
+    np.savez(tmp_path / "waves.npz", x=waves, y=labels)
+    settings = ["model=unet1d", "model.channels=8", "model.channel_multipliers=[1,2]", "model.blocks_per_level=1"]
+    settings += ["model.padding_mode=circular", "model.attention_lengths=[12]", "data=npz", "data.path=waves.npz"]
+    settings += ["data.layout=nlc", "conditional=true", "training.steps=4", "training.batch_size=8"]
+    settings += ["training.validation_examples=8", "training.preview_samples=4", "training.warmup=2", "preview_steps=2"]
+    done = command("sde.train", *settings, "hydra.run.dir=runs/w", folder=tmp_path)
+    assert done.code == 0, done.err
+    assert "examples of shape (2, 24), 2 classes" in done.out
+    drawn = []
+    for size in (2, 5):
+        arguments = ["solver=heun", "steps=3", "n=5", f"batch_size={size}", f"out=drawn-{size}"]
+        done = command("sde.sample", *arguments, folder=tmp_path)
+        assert done.code == 0, done.err
+        with np.load(tmp_path / f"drawn-{size}" / "samples.npz") as arrays:
+            assert arrays["labels"].tolist() == [0, 1, 0, 1, 0]
+            drawn.append(arrays["samples"])
+    assert drawn[0].shape == (5, 2, 24)
+    assert drawn[0].dtype == np.float32
+    np.testing.assert_allclose(drawn[0], drawn[1], rtol=0, atol=1e-4 * abs(drawn[0]).max())
+    assert len(np.unique(drawn[0].round(3), axis=0)) == 5
+
+
+def test_a_length_that_does_not_suit_is_one_sentence(tmp_path: Path) -> None:
+    np.save(tmp_path / "odd.npy", np.zeros((4, 1, 9)))
+    done = command("sde.train", "model=unet1d", "data=npz", "data.path=odd.npy", folder=tmp_path)
+    assert done.code == 2
+    assert "sequences of length 9 cannot be halved 2 times" in done.sentence

@@ -1,4 +1,4 @@
-"""Arrays in a NumPy file: pictures (uint8) or vectors (floats).
+"""Arrays in a NumPy file: pictures (uint8), or vectors and sequences (floats).
 
 The arrays are read without pickle, so that nothing in the file can run. A .npy file is memory-mapped when the whole of
 it is the train split.
@@ -21,8 +21,9 @@ from sde.errors import UserError, check_choice, check_flag, check_number, sugges
 
 KEYS = ("x_train", "x", "images", "samples", "data", "arr_0")
 LABEL_KEYS = ("y_train", "y", "labels", "label", "arr_1")
-LAYOUTS = ("auto", "nhwc", "nchw", "nhw")
-AXES = {"nhwc": 4, "nchw": 4, "nhw": 3}
+PICTURES = {"nhwc": 4, "nchw": 4, "nhw": 3}  # layouts and how many axes they have
+SEQUENCES = {"ncl": 3, "nlc": 3, "nl": 2}
+LAYOUTS = ("auto", *PICTURES, *SEQUENCES)
 TRAIN, TEST = "_train", "_test"
 
 
@@ -30,15 +31,18 @@ TRAIN, TEST = "_train", "_test"
 class Npz(Dataset):
     """The arrays of a .npz or .npy file.
 
-    uint8 arrays are pictures: (N, H, W, C), (N, C, H, W) or (N, H, W). Arrays of floats are vectors of any shape, such
-    as (N, D) or (N, C, L), and are shown to the network as they are, so they should have a standard deviation near 0.5.
+    uint8 arrays are pictures: (N, H, W, C), (N, C, H, W) or (N, H, W). Arrays of floats are vectors (N, D), sequences
+    (N, C, L) of length L with C values at each place, or of any other shape. They are shown to the network as they are,
+    so they should have a standard deviation near 0.5.
 
     Args:
         path: the file.
         key: name of the array; null: the first there is of x_train, x, images, samples, data, arr_0.
         label_key: name of the array of labels (N,), whole numbers from 0; null: the first there is of y_train, y,
             labels, label, arr_1 (this one only if it holds one whole number an example); `none`: no labels.
-        layout: of pictures: `nhwc`, `nchw`, `nhw`, or `auto`: the axis of length 1 or 3 is that of the channels.
+        layout: of pictures `nhwc`, `nchw`, `nhw`, or `auto`: the axis of length 1 or 3 is that of the channels. Of
+            floats `auto`: as they are; or for sequences `ncl`, `nlc`, or `nl` (one value at each place), each of which
+            gives (N, C, L).
         test_fraction: share held out, 0 up to 1 (exclusive). When `key` ends in _train and its sibling in _test is
             there too, that one is the test split.
         seed: chooses which are held out.
@@ -119,7 +123,7 @@ class Npz(Dataset):
             return _as_tensor(_channels_first(array, self._layout, where))
         if array.dtype.kind != "f":
             raise UserError(f"{where} has dtype {array.dtype}: pictures are uint8 (0 to 255), vectors float32")
-        vectors = array.astype(np.float32, copy=False)
+        vectors = _as_sequences(array, self._layout, where).astype(np.float32, copy=False)
         if not all(np.isfinite(block).all() for block in np.array_split(vectors, max(1, vectors.size >> 24))):
             raise UserError(f"{where} holds values that are not finite: remove those examples")
         return _as_tensor(vectors)
@@ -216,11 +220,28 @@ def _channels_first(array: np.ndarray, layout: str, where: str) -> np.ndarray:
     """(N, C, H, W), as a view."""
     if layout == "auto":
         layout = _guess_layout(array.shape, where)
-    if array.ndim != AXES[layout]:
-        raise UserError(f"{where} has shape {array.shape}, and layout={layout} has {AXES[layout]} axes")
+    _check_layout(array, layout, PICTURES, where)
     if layout == "nhw":
         return array[:, None]
     return array if layout == "nchw" else array.transpose(0, 3, 1, 2)
+
+
+def _as_sequences(array: np.ndarray, layout: str, where: str) -> np.ndarray:
+    """(N, C, L), as a view; the array itself with layout `auto`."""
+    if layout == "auto":
+        return array
+    _check_layout(array, layout, SEQUENCES, where)
+    if layout == "nl":
+        return array[:, None]
+    return array if layout == "ncl" else array.transpose(0, 2, 1)
+
+
+def _check_layout(array: np.ndarray, layout: str, known: Mapping[str, int], where: str) -> None:
+    if layout not in known:
+        kind, allowed = "sequences" if layout in SEQUENCES else "pictures", ", ".join(["auto", *known])
+        raise UserError(f"layout={layout} is for {kind}, and {where} has dtype {array.dtype}: use one of {allowed}")
+    if array.ndim != known[layout]:
+        raise UserError(f"{where} has shape {array.shape}, and layout={layout} has {known[layout]} axes")
 
 
 def _guess_layout(shape: tuple[int, ...], where: str) -> str:
