@@ -1,4 +1,8 @@
-"""conf/ and the classes say the same: names, options, defaults; and only registered classes can be built."""
+"""conf/ and the classes say the same: names, options, defaults; and only registered classes can be built.
+
+A file of a group is either that of a registered class, with all of its options, or a preset: another file of the group,
+named in `defaults`, with some options changed.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import sde.config
@@ -34,11 +40,50 @@ def read(group: str, name: str) -> dict[str, Any]:
     return {str(key): value for key, value in node.items()}
 
 
+def presets() -> list[tuple[str, str]]:
+    """(group, name) of every file that is not that of a registered class."""
+    registered = {(registry.kind, name) for registry in Registry.all for name in registry}
+    groups = {kind for kind, _ in registered}
+    files = {(kind, path.stem) for kind in groups for path in (conf_dir() / kind).glob("*.yaml")}
+    return sorted(files - registered - {("grid", "auto")})
+
+
+def options(group: str, name: str) -> dict[str, Any]:
+    """What a file holds when the presets that it rests on are filled in."""
+    node = read(group, name)
+    base = node.pop("defaults", [None])[0]
+    return node if base is None else options(group, base) | node
+
+
 @pytest.mark.parametrize("kind", sorted({registry.kind for registry in Registry.all if len(registry)}))
-def test_every_registered_name_has_a_file_and_every_file_a_name(kind: str) -> None:
+def test_every_registered_name_has_a_file(kind: str) -> None:
     names = {name for registry in Registry.all if registry.kind == kind for name in registry}
-    files = {path.stem for path in (conf_dir() / kind).glob("*.yaml")} - {"auto"}
-    assert files == names
+    assert names <= {path.stem for path in (conf_dir() / kind).glob("*.yaml")}
+
+
+@pytest.mark.parametrize(("kind", "name"), presets())
+def test_a_preset_changes_options_of_another_file(kind: str, name: str) -> None:
+    node = read(kind, name)
+    base, *rest = node.pop("defaults")
+    assert rest == ["_self_"]
+    original = options(kind, base)
+    assert node
+    for key, value in node.items():
+        assert value != original[key], key
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        composed = OmegaConf.to_container(compose("train", overrides=[f"{kind}={name}"])[kind])
+    assert composed == original | node
+    lines = (conf_dir() / kind / f"{name}.yaml").read_text().splitlines()
+    assert lines[0].startswith("# ")
+    assert all("  # " in line for line in lines if line.split(":")[0] in node)
+
+
+@pytest.mark.parametrize("name", [name for kind, name in presets() if kind == "model"])
+def test_a_model_preset_can_be_built(name: str) -> None:
+    node = options("model", name)
+    side = max(32, 2 ** len(node.get("channel_multipliers", [])))
+    with torch.device("meta"):
+        assert build(node, "model", shape=(3, side, side)).shape == (3, side, side)
 
 
 @pytest.mark.parametrize(("kind", "name", "cls"), FILES, ids=[f"{kind}-{name}" for kind, name, _ in FILES])

@@ -43,8 +43,8 @@ def test_yaml_and_constructor_agree(name: str) -> None:
     assert [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY] == ["shape", "num_classes"]
 
 
-def test_every_yaml_has_a_model() -> None:
-    assert sorted(path.stem for path in CONF.glob("*.yaml")) == NAMES
+def test_every_model_has_a_yaml() -> None:
+    assert set(NAMES) <= {path.stem for path in CONF.glob("*.yaml")}
 
 
 @pytest.mark.parametrize("name", NAMES)
