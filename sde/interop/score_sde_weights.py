@@ -8,22 +8,26 @@ original's tensors its own tensors are made of. Every tensor must find its place
     network = network_from_config(config)
     network.load_state_dict(convert_state_dict(network, checkpoint["model"]))     # as last trained
     network.load_state_dict(ema_state_dict(network, checkpoint))                  # averaged: what samples are made with
+
+RefineNets (`ncsn`, `ncsnv2_64` and larger) have named layers instead: see `sde.interop.score_sde_refinenets`.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sde.errors import UserError, check_choice
+from sde.interop.rules import Rule, concatenate, pair, required, same, section
+from sde.interop.score_sde_refinenets import SIZES, refinenet_rules, refinenet_settings, translate_checkpoint
 from sde.models.base import MODELS
 from sde.models.embeddings import FourierFeatures
-from sde.models.layers import Head, ResidualBlock, SelfAttention
+from sde.models.layers import Conv3x3, Head, ResidualBlock, SelfAttention
 from sde.models.levels import DownLevel, InputResidual, InputSkip, OutputResidual, OutputSkip, UpLevel
 from sde.models.resample import ConvDownsample, ConvUpsample, FIRConvDownsample, FIRConvUpsample
 from sde.models.unet import UNet
@@ -60,17 +64,20 @@ def settings_from_config(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]
             num_channels, centered; "model" with name, nf, ch_mult and so on; "training" with sde.
 
     Raises:
-        UserError: the network is neither ncsnpp nor ddpm, or a value is missing or unknown.
+        UserError: the network is not one that can be read, or a value is missing or unknown.
     """
-    data = {**DATA_DEFAULTS, **_section(config, "data")}
-    defaults = {**MODEL_DEFAULTS, "scale_by_sigma": str(_section(config, "training").get("sde")).lower() == "vesde"}
-    model = {**defaults, **_section(config, "model")}
-    name = _required(model, "name")
-    check_choice("model.name of the configuration", name, ("ddpm", "ncsnpp"))
+    data = {**DATA_DEFAULTS, **section(config, "data")}
+    defaults = {**MODEL_DEFAULTS, "scale_by_sigma": str(section(config, "training").get("sde")).lower() == "vesde"}
+    model = {**defaults, **section(config, "model")}
+    name = required(model, "name")
+    check_choice("model.name of the configuration", name, ("ddpm", "ncsnpp", *SIZES))
+    shape = (data["num_channels"], data["image_size"], data["image_size"])
+    if name in SIZES:
+        return *refinenet_settings(config), shape
     settings: dict[str, Any] = {
-        "channels": _required(model, "nf"),
-        "channel_multipliers": tuple(_required(model, "ch_mult")),
-        "blocks_per_level": _required(model, "num_res_blocks"),
+        "channels": required(model, "nf"),
+        "channel_multipliers": tuple(required(model, "ch_mult")),
+        "blocks_per_level": required(model, "num_res_blocks"),
         "attention_resolutions": tuple(model["attn_resolutions"]),
         "dropout": model["dropout"],
         "activation": model["nonlinearity"].lower(),
@@ -86,36 +93,34 @@ def settings_from_config(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]
             "block": model["resblock_type"].lower(),
             "skip_rescale": model["skip_rescale"],
             "init_scale": model["init_scale"],
-            "fir": _required(model, "fir"),
+            "fir": required(model, "fir"),
             "fir_kernel": tuple(model["fir_kernel"]),
             "embedding": model["embedding_type"].lower(),
             "fourier_scale": model["fourier_scale"],
             "noise_conditional": model["conditional"],
             "progressive": model["progressive"].lower(),
-            "progressive_input": _required(model, "progressive_input").lower(),
+            "progressive_input": required(model, "progressive_input").lower(),
             "progressive_combine": model["progressive_combine"].lower(),
         }
-    return name, settings, (data["num_channels"], data["image_size"], data["image_size"])
+    return name, settings, shape
 
 
-def network_from_config(config: Mapping[str, Any]) -> UNet:
+def network_from_config(config: Mapping[str, Any]) -> nn.Module:
     """A network as the original's configuration describes it, with new weights; errors as `settings_from_config`."""
     name, settings, shape = settings_from_config(config)
-    network = MODELS.get(name)(shape, **settings)
-    assert isinstance(network, UNet)
-    return network
+    return MODELS.get(name)(shape, **settings)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The original's checkpoint file: a dictionary with "model", "ema", "optimizer" and "step", on the CPU.
 
-    Nothing in the file is executed.
+    Nothing in the file is executed. The lists that ermongroup/ncsnv2 writes are turned into such a dictionary.
 
     Raises:
         UserError: there is no such file, or it is not such a checkpoint.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = translate_checkpoint(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -124,7 +129,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def convert_state_dict(network: UNet, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def convert_state_dict(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The original's weights under our names, ready for `network.load_state_dict`.
 
     Args:
@@ -137,7 +142,7 @@ def convert_state_dict(network: UNet, state: Mapping[str, Tensor]) -> dict[str, 
     theirs = _plain_names(state)
     expected = network.state_dict()
     converted: dict[str, Tensor] = {}
-    for target, sources, convert in _rules(network):
+    for target, sources, convert in _unet_rules(network) if isinstance(network, UNet) else refinenet_rules(network):
         tensors = [_take(theirs, source) for source in sources]
         if target is None:
             continue
@@ -160,7 +165,7 @@ def convert_state_dict(network: UNet, state: Mapping[str, Tensor]) -> dict[str, 
     return converted
 
 
-def ema_state_dict(network: UNet, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+def ema_state_dict(network: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """The original's averaged weights under our names; arguments and errors as `convert_state_dict`.
 
     `checkpoint["ema"]["shadow_params"]` is a list without names, in the order of the parameters that are trained: that
@@ -168,7 +173,7 @@ def ema_state_dict(network: UNet, checkpoint: Mapping[str, Any]) -> dict[str, Te
     """
     model = _plain_names(_checkpoint_part(checkpoint, "model"))
     averages = list(_checkpoint_part(_checkpoint_part(checkpoint, "ema"), "shadow_params"))
-    fixed = ["all_modules.0.W"] if network.settings.embedding == "fourier" else []
+    fixed = ["all_modules.0.W"] if isinstance(network, UNet) and network.settings.embedding == "fourier" else []
     trained = [name for name in model if name not in fixed]
     if len(trained) != len(averages):
         raise UserError(f"the checkpoint averages {len(averages)} tensors but its model trains {len(trained)}")
@@ -232,22 +237,6 @@ def _pyramid_order(pyramid: nn.Module | None) -> Iterator[nn.Module]:
             yield from _head_order(pyramid.head)
 
 
-class Rule(NamedTuple):
-    """One of our tensors and what it is made of: `target = convert(*sources)`; None for what we do not use."""
-
-    target: str | None
-    sources: tuple[str, ...]
-    convert: Callable[..., Tensor]
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _concatenate(*tensors: Tensor) -> Tensor:
-    return torch.cat(tensors)
-
-
 def _matrices_to_conv(*matrices: Tensor) -> Tensor:
     """(in, out) matrices to the weight (out + out + ..., in, 1, 1) of one 1x1 convolution."""
     return torch.cat([matrix.t() for matrix in matrices])[:, :, None, None]
@@ -258,60 +247,55 @@ def _correlation_to_transposed(weight: Tensor) -> Tensor:
     return weight.flip(2, 3).transpose(0, 1)
 
 
-def _pair(target: str, source: str) -> list[Rule]:
-    """Weight and bias of a layer that is the same on both sides."""
-    target, source = (f"{name}." if name else "" for name in (target, source))
-    return [Rule(f"{target}{kind}", (f"{source}{kind}",), _same) for kind in ("weight", "bias")]
-
-
 def _nin(target: str, *sources: str) -> list[Rule]:
     """A 1x1 convolution of ours, which stacks one or more of the original's matrices."""
     return [
         Rule(f"{target}.weight", tuple(f"{source}.W" for source in sources), _matrices_to_conv),
-        Rule(f"{target}.bias", tuple(f"{source}.b" for source in sources), _concatenate),
+        Rule(f"{target}.bias", tuple(f"{source}.b" for source in sources), concatenate),
     ]
 
 
 def _residual_rules(block: ResidualBlock, kind: str) -> list[Rule]:
-    rules = _pair("norm_1", "GroupNorm_0") + _pair("conv_1", "Conv_0")
-    condition = _pair("condition", "Dense_0")
+    rules = pair("norm_1", "GroupNorm_0") + pair("conv_1", "Conv_0")
+    condition = pair("condition", "Dense_0")
     if block.condition is None:
         condition = [rule._replace(target=None) for rule in condition]
-    rules += condition + _pair("norm_2", "GroupNorm_1") + _pair("conv_2", "Conv_1")
+    rules += condition + pair("norm_2", "GroupNorm_1") + pair("conv_2", "Conv_1")
     if block.shortcut is not None:
-        rules += _nin("shortcut", "NIN_0") if kind == "ddpm" else _pair("shortcut", "Conv_2")
+        rules += _nin("shortcut", "NIN_0") if kind == "ddpm" else pair("shortcut", "Conv_2")
     return rules
 
 
 def _fir_up_rules() -> list[Rule]:
     return [
         Rule("conv.weight", ("Conv2d_0.weight",), _correlation_to_transposed),
-        Rule("bias", ("Conv2d_0.bias",), _same),
+        Rule("bias", ("Conv2d_0.bias",), same),
     ]
 
 
 _LAYER_RULES: dict[type[nn.Module], list[Rule]] = {
-    nn.Linear: _pair("", ""),
-    nn.Conv2d: _pair("", ""),
-    nn.GroupNorm: _pair("", ""),
-    FourierFeatures: [Rule("frequencies", ("W",), _same)],
-    SelfAttention: _pair("norm", "GroupNorm_0")
+    nn.Linear: pair("", ""),
+    nn.Conv2d: pair("", ""),
+    Conv3x3: pair("", ""),
+    nn.GroupNorm: pair("", ""),
+    FourierFeatures: [Rule("frequencies", ("W",), same)],
+    SelfAttention: pair("norm", "GroupNorm_0")
     + _nin("query_key_value", "NIN_0", "NIN_1", "NIN_2")
     + _nin("output", "NIN_3"),
-    ConvDownsample: _pair("conv", "Conv_0"),
-    ConvUpsample: _pair("conv", "Conv_0"),
-    FIRConvDownsample: _pair("conv", "Conv2d_0"),
+    ConvDownsample: pair("conv", "Conv_0"),
+    ConvUpsample: pair("conv", "Conv_0"),
+    FIRConvDownsample: pair("conv", "Conv2d_0"),
     FIRConvUpsample: _fir_up_rules(),
-    InputSkip: _pair("conv", "Conv_0"),
+    InputSkip: pair("conv", "Conv_0"),
 }
 
 
-def _rules(network: UNet) -> Iterator[Rule]:
+def _unet_rules(network: UNet) -> Iterator[Rule]:
     """The rules of all layers, with full names on both sides."""
     prefixes = {id(module): name for name, module in network.named_modules()}
     for index, module in enumerate(original_order(network)):
         if module is None:
-            rules = [Rule(None, ("W",), _same)]
+            rules = [Rule(None, ("W",), same)]
         elif isinstance(module, ResidualBlock):
             rules = _residual_rules(module, network.settings.block)
         else:
@@ -337,14 +321,3 @@ def _checkpoint_part(checkpoint: Any, name: str) -> Any:
     if not isinstance(checkpoint, Mapping) or name not in checkpoint:
         raise UserError(f"this is not a checkpoint of score_sde_pytorch: it has no '{name}'")
     return checkpoint[name]
-
-
-def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    section = config.get(name)
-    return {} if section is None else dict(section.items())
-
-
-def _required(model: Mapping[str, Any], key: str) -> Any:
-    if key not in model:
-        raise UserError(f"the configuration has no model.{key}: give the one that the network was trained with")
-    return model[key]

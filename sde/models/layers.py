@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sde.errors import UserError
+from sde.models.winograd import conv3x3
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "swish": nn.SiLU,
@@ -40,6 +41,18 @@ def linear(in_features: int, out_features: int) -> nn.Linear:
     return layer
 
 
+class Conv3x3(nn.Conv2d):
+    """A convolution with 3x3 kernels and a border of zeros, which keeps the size; on a CPU in Winograd's form."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
+        """(B, in_channels, H, W) to (B, out_channels, H, W), to which `offset` (B, out_channels) is added."""
+        assert self.bias is not None
+        return conv3x3(x, self.weight, self.bias if offset is None else self.bias + offset)
+
+
 def conv(
     in_channels: int,
     out_channels: int,
@@ -51,7 +64,11 @@ def conv(
 ) -> nn.Conv2d:
     """A convolution with variance-scaling weights and zero bias; `padding` keeps the size unless given."""
     padding = size // 2 if padding is None else padding
-    layer = nn.Conv2d(in_channels, out_channels, size, stride=stride, padding=padding)
+    layer: nn.Conv2d
+    if (size, stride, padding) == (3, 1, 1):
+        layer = Conv3x3(in_channels, out_channels)
+    else:
+        layer = nn.Conv2d(in_channels, out_channels, size, stride=stride, padding=padding)
     initialize(layer.weight, scale)
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
     return layer
@@ -152,9 +169,7 @@ class ResidualBlock(nn.Module):
         h = self.activation(self.norm_1(x))
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
-        h = self.conv_1(h)
-        if self.condition is not None:
-            h += self.condition(embedding)[:, :, None, None]
+        h = self.conv_1(h, None if self.condition is None else self.condition(embedding))
         h = self.conv_2(self.dropout(self.activation(self.norm_2(h))))
         if self.shortcut is not None:
             x = self.shortcut(x)
