@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +54,7 @@ class Settings:
 
     def conv(self, in_channels: int, out_channels: int, scale: float = 1.0) -> nn.Conv1d:
         """A convolution that keeps the length, with variance-scaling weights and zero bias."""
-        size, mode = self.kernel_size, self.padding_mode
+        size, mode = self.kernel_size, cast(Literal["zeros", "circular"], self.padding_mode)
         layer = nn.Conv1d(in_channels, out_channels, size, padding=size // 2, padding_mode=mode)
         initialize(layer.weight, scale)
         nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
@@ -366,24 +367,20 @@ class UNet1d(nn.Module):
         has_attention = _has_attention(lengths, [channels * m for m in multipliers], attention_lengths, heads)
         self.shape = shape
         self.num_classes = num_classes
+        self.blocks_per_level = blocks_per_level
         self.recompute_levels = recompute_levels
         act = ACTIVATIONS[activation]()
         features = FourierFeatures(channels, fourier_scale)
         self.embedding = ConditionEmbedding(features, 4 * channels, num_classes, act)
         settings = Settings(kernel_size, heads, resample, padding_mode, dropout, act, 4 * channels)
-        self._make_levels(settings, channels, multipliers, blocks_per_level, has_attention)
+        self._make_levels(settings, channels, multipliers, has_attention)
 
     def _make_levels(
-        self,
-        settings: Settings,
-        channels: int,
-        multipliers: Sequence[int],
-        blocks: int,
-        has_attention: Sequence[bool],
+        self, settings: Settings, channels: int, multipliers: Sequence[int], has_attention: Sequence[bool]
     ) -> None:
         """The modules from input to output; `skips` holds the channels of what `down` leaves for `up`."""
         widths = [channels * multiplier for multiplier in multipliers]
-        last = len(widths) - 1
+        blocks, last = self.blocks_per_level, len(widths) - 1
         self.input = settings.conv(self.shape[0], channels)
         self.down = nn.ModuleList()
         skips = [channels]
@@ -416,7 +413,7 @@ class UNet1d(nn.Module):
             skips += recompute(level, skips[-1], embedding) if again else level(skips[-1], embedding)
         h = self.middle(skips[-1], embedding)
         for i, level in enumerate(self.up):
-            seen = [skips.pop() for _ in level.blocks]
+            seen = [skips.pop() for _ in range(self.blocks_per_level + 1)]
             again = i >= len(self.up) - self.recompute_levels
             h = recompute(level, h, embedding, *seen) if again else level(h, embedding, *seen)
         return self.output(h).to(x.dtype)
