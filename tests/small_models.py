@@ -32,6 +32,8 @@ SMALL: dict[str, dict[str, Any]] = {
         "attention_resolutions": [4],
         "channels_per_head": 4,
     },
+    "ncsn": {"channels": 8, "channel_multipliers": [1, 2], "dilations": [1, 1], "num_scales": 1300},
+    "ncsnv2": {"channels": 8, "channel_multipliers": [1, 2, 2], "dilations": [1, 1, 2]},
 }
 PICTURE = (3, 8, 8)
 SHAPES: dict[str, tuple[int, ...]] = {"mlp": (2,), "unet1d": (3, 16)}

@@ -6,7 +6,9 @@ from sde.models.ddpmpp import DDPMpp
 from sde.models.dit import DiT
 from sde.models.edm2 import EDM2
 from sde.models.mlp import MLP
+from sde.models.ncsn import NCSN
 from sde.models.ncsnpp import NCSNpp
+from sde.models.ncsnv2 import NCSNv2
 from sde.models.unet1d import UNet1d
 
-__all__ = ["DDPM", "EDM2", "MLP", "MODELS", "DDPMpp", "DiT", "NCSNpp", "UNet1d", "register"]
+__all__ = ["DDPM", "EDM2", "MLP", "MODELS", "NCSN", "DDPMpp", "DiT", "NCSNpp", "NCSNv2", "UNet1d", "register"]
