@@ -11,6 +11,9 @@ does with a network's output depends on how it was trained:
     VE, continuous           score = F(x, sigma(t))
     VE, discrete             score = F(x, round((1 - t) (n - 1)))                    (`chains.SMLDChain`)
 
+RefineNets (`ncsn`, `ncsnv2_64` and larger) are always discrete; those of ermongroup/ncsnv2 are read as well, from their
+own configurations and checkpoints (`score_sde_refinenets`).
+
 `solver=pc solver.discretization=score_sde solver.final=mean` then samples as the original does. The original takes the
 number of sampling steps for n, too: to follow a discrete network there, set n of its parameterization to the steps.
 """
@@ -30,6 +33,7 @@ from sde.data import DataInfo
 from sde.denoiser import Denoiser
 from sde.errors import UserError, check_choice
 from sde.interop import chains
+from sde.interop.score_sde_refinenets import SIZES, translate_config
 from sde.interop.score_sde_weights import (
     convert_state_dict,
     ema_state_dict,
@@ -58,7 +62,7 @@ def load(checkpoint: str | Path, config: str | Path | Mapping[str, Any], ema: bo
     Raises:
         UserError: when a file is missing or damaged, or the weights do not fit the configuration.
     """
-    settings = config if isinstance(config, Mapping) else read_config(config)
+    settings = translate_config(config) if isinstance(config, Mapping) else read_config(config)
     content = read_checkpoint(checkpoint)
     network = network_from_config(settings)
     weights = ema_state_dict(network, content) if ema else convert_state_dict(network, content["model"])
@@ -83,7 +87,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         ) from None
     if not isinstance(config, dict):
         raise UserError(f"config={path} is not a configuration: write it with json.dump(config.to_dict(), file)")
-    return config
+    return dict(translate_config(config))
 
 
 def sde_from_config(config: Mapping[str, Any]) -> SDE:
@@ -101,8 +105,11 @@ def parameterization_from_config(config: Mapping[str, Any]) -> Parameterization:
     """What the network of an original configuration predicts, and which label it is told."""
     training, model = config.get("training", {}), config.get("model", {})
     name = str(training.get("sde", "")).lower()
-    continuous = bool(training.get("continuous", True))
+    discrete = model.get("name") in SIZES
+    continuous = bool(training.get("continuous", True)) and not discrete
     n = int(model.get("num_scales", 1000))
+    if discrete:
+        check_choice(f"training.sde of the configuration of {model['name']}", name, ("vesde",))
     if name == "vesde":
         return Score(noise_label="sigma") if continuous else chains.SMLDChain(n=n)
     if name == "vpsde" and not continuous:
