@@ -148,6 +148,9 @@ def explain_hydra(message: str, name: str) -> str:
     if found and options:
         group, choice, names = found[1], found[2], options[1].split()
         return f"{group}={choice} is not one of {', '.join(names)}{suggest(choice, names)}"
+    added = re.search(r"Could not override '.*\n?.*To append to your default list use (\+\S+)", message)
+    if added:
+        return f"{added[1][1:]} has nothing to replace: write {added[1]}"
     key = re.search(r"Could not override '([^']+)'", message) or re.search(r"Key '([^']+)' is not in struct", message)
     if key and argument("resume") is not None:
         return f"there is no option '{key[1]}' to change in the middle of a run: there are those of {RESUMABLE}"
