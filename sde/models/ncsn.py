@@ -42,7 +42,7 @@ class NCSN(nn.Module):
         centered: whether data is in [-1, 1]; otherwise it is in [0, 1] and the network maps x to 2x - 1.
         num_scales: number of noise levels; must be `parameterization.n`.
         recompute: keep only the input of each residual and refine block for the backward pass and compute the rest
-            again: less memory for about a third more time.
+            again: less memory for a third to a half more time.
 
     Raises:
         UserError: a setting out of range, or a picture that cannot be halved.

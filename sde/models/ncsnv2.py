@@ -54,7 +54,7 @@ class NCSNv2(nn.Module):
         sigma_max: highest noise level of the same.
         num_scales: number of noise levels of the same.
         recompute: keep only the input of each residual and refine block for the backward pass and compute the rest
-            again: less memory for about a third more time.
+            again: less memory for a third to a half more time.
 
     Raises:
         UserError: a setting out of range, or a picture that cannot be halved.
