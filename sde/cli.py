@@ -161,7 +161,7 @@ def explain_hydra(message: str, name: str) -> str:
     if "mismatched input" in message or "extraneous input" in message or "missing EQUAL" in message:
         return f"cannot read an option ({_compact(message)}): write key=value, with quotes around special characters"
     if "mandatory value" in message or "Missing mandatory" in message:
-        missing = re.search(r"(?:full_key: |mandatory value: )(\S+)", message)
+        missing = re.search(r"full_key: (\S+)", message) or re.search(r"mandatory value: (\S+)", message)
         return (
             f"the option '{missing[1] if missing else '?'}' needs a value: write {missing[1] if missing else 'key'}=..."
         )

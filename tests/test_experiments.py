@@ -240,11 +240,13 @@ def test_the_table_of_recipes_is_up_to_date() -> None:
     assert TABLE.read_text() == table(NAMES), "write it with: python -m tests.test_experiments > docs/recipes.md"
 
 
-def test_a_misspelt_recipe_is_answered_with_the_names_that_there_are(tmp_path: Path) -> None:
+def test_mistakes_with_recipes_are_answered_with_what_to_write(tmp_path: Path) -> None:
     answer = command("sde.train", "+experiment=cifar_10", folder=tmp_path)
     assert answer.code == 2
     assert answer.sentence.startswith("error: experiment=cifar_10 is not one of bedroom128_ncsnv2, ")
     assert answer.sentence.endswith("did you mean 'cifar10'?")
+    answer = command("sde.train", "+experiment=ffhq256_ve_ncsnpp", folder=tmp_path)
+    assert (answer.code, answer.sentence) == (2, "error: the option 'data.path' needs a value: write data.path=...")
     answer = command("sde.train", "experiment=cifar10", folder=tmp_path)
     assert answer.code == 2
     assert answer.sentence == "error: experiment=cifar10 has nothing to replace: write +experiment=cifar10"
