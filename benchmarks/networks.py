@@ -60,7 +60,8 @@ def make_sides(config: dict[str, Any], device: torch.device) -> Sides:
     ours = network_from_config(config)
     ours.load_state_dict(convert_state_dict(ours, dict(original.state_dict())))
     return Sides(
-        original.float().to(device), ours.to(device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        original.float().to(device),
+        ours.to(device).to(memory_format=torch.channels_last).eval(),  # type: ignore[call-overload]
     )
 
 
