@@ -16,6 +16,13 @@ SMALL: dict[str, dict[str, Any]] = {
     name: {"channels": 8, "channel_multipliers": [1, 2], "blocks_per_level": 1, "attention_resolutions": [4]}
     for name in ("ncsnpp", "ddpmpp", "ddpm")
 } | {
+    "adm": {
+        "channels": 8,
+        "channel_multipliers": [1, 2],
+        "blocks_per_level": 1,
+        "attention_resolutions": [4],
+        "head_channels": 4,
+    },
     "mlp": {"width": 16, "depth": 2},
     "dit": {"patch_size": 2, "width": 16, "depth": 2, "heads": 2},
     "unet1d": {
@@ -30,7 +37,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "channel_multipliers": [1, 2],
         "blocks_per_level": 1,
         "attention_resolutions": [4],
-        "channels_per_head": 4,
+        "head_channels": 4,
     },
     "ncsn": {"channels": 8, "channel_multipliers": [1, 2], "dilations": [1, 1], "num_scales": 1300},
     "ncsnv2": {"channels": 8, "channel_multipliers": [1, 2, 2], "dilations": [1, 1, 2]},

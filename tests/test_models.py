@@ -220,7 +220,7 @@ def test_resolutions_of_attention() -> None:
         model = NCSNpp((3, 4, 8), channels=8, channel_multipliers=[1, 2], attention_resolutions=resolutions)
         found = [not isinstance(level.attentions[0], nn.Identity) for level in model.down]
         assert found == expected
-        assert [not isinstance(level.attention, nn.Identity) for level in model.up] == expected[::-1]
+        assert [not isinstance(level.attentions[-1], nn.Identity) for level in model.up] == expected[::-1]
 
 
 def test_ddpmpp_is_ncsnpp_with_other_settings() -> None:

@@ -324,7 +324,7 @@ class Equations:
         return torch.cat([(1 - t) / n**0.5 * c * a, t / m**0.5 * c * b], 1)
 
     def attention(self, name: str, x: Tensor) -> Tensor:
-        size = self.settings["channels_per_head"]
+        size = self.settings["head_channels"]
         qkv = self.apply(f"{name}.attn_qkv", x).flatten(2)
         qkv = qkv.reshape(len(x), x.shape[1] // size, size, 3, -1)
         q, k, v = (self.unit(qkv[:, :, :, i], 2, size) for i in range(3))
@@ -390,7 +390,7 @@ class Equations:
 
 NETWORKS: list[tuple[tuple[int, ...], int, dict[str, Any]]] = [
     ((3, 8, 8), 5, {"channel_multipliers": [1, 2, 3], "blocks_per_level": 2}),
-    ((2, 8, 12), 0, {"channel_multipliers": [2, 1], "attention_resolutions": [12, 6], "channels_per_head": 8}),
+    ((2, 8, 12), 0, {"channel_multipliers": [2, 1], "attention_resolutions": [12, 6], "head_channels": 8}),
     (
         (1, 10, 7),
         3,
@@ -436,7 +436,7 @@ def test_published_sizes() -> None:
 
 def test_published_names_of_the_original_resolutions() -> None:
     """Spot checks of names as they stand in the authors' checkpoints for 64x64."""
-    settings = {"channels_per_head": 4, "channel_multipliers": [1, 2, 3, 4], "blocks_per_level": 3}
+    settings = {"head_channels": 4, "channel_multipliers": [1, 2, 3, 4], "blocks_per_level": 3}
     with torch.device("meta"):
         model = EDM2((4, 64, 64), 10, channels=4, attention_resolutions=[16, 8], **settings)
     shapes = {theirs: tuple(model.state_dict()[ours].shape) for ours, theirs in model.published_names().items()}
@@ -467,7 +467,7 @@ def test_a_column_for_no_label_changes_no_other() -> None:
 # ------------------------------------------------------------------------------------------------ use and settings
 
 
-@pytest.mark.parametrize("name", sorted(PARAMETERIZATIONS))
+@pytest.mark.parametrize("name", sorted(name for name in PARAMETERIZATIONS if "chain" not in name))
 def test_any_parameterization_on_any_sde(name: str) -> None:
     """It is told log(sigma / alpha) / 4 whatever it predicts, and a fresh one denoises to c_skip x."""
     parameterization = PARAMETERIZATIONS.get(name)()
@@ -534,8 +534,8 @@ def test_it_learns_a_mixture_of_two_pictures() -> None:
         ({"channel_multipliers": []}, "model.channel_multipliers is empty: give one factor"),
         ({"channel_multipliers": [1, 0]}, r"model.channel_multipliers\[1\]=0"),
         ({"blocks_per_level": 0}, "model.blocks_per_level=0"),
-        ({"channels_per_head": 0}, "model.channels_per_head=0"),
-        ({"channels": 10}, "model.channels_per_head=4 do not divide the 10 channels of a level with attention: choose"),
+        ({"head_channels": 0}, "model.head_channels=0"),
+        ({"channels": 10}, "model.head_channels=4 do not divide the 10 channels of a level with attention: choose"),
         ({"dropout": 1.0}, "model.dropout=1.0"),
         ({"residual_balance": 1.5}, "model.residual_balance=1.5"),
         ({"attention_balance": -0.1}, "model.attention_balance=-0.1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.original import attention, fir_conv_down, fir_conv_up, fir_down, fir_up
 from sde.errors import UserError
 from sde.models.embeddings import ConditionEmbedding, FourierFeatures, NoiseScales, SinusoidalFeatures
-from sde.models.layers import ACTIVATIONS, ResidualBlock, SelfAttention, conv, group_norm, initialize
+from sde.models.layers import ACTIVATIONS, BlockSettings, ResidualBlock, SelfAttention, conv, group_norm, initialize
 from sde.models.resample import FIRConvDownsample, FIRConvUpsample, check_fir_kernel, downsample, upsample
-from benchmarks.original import attention, fir_conv_down, fir_conv_up, fir_down, fir_up
 
 KERNELS = ([1, 3, 3, 1], [1, 1], [1, 2, 1], [1, 4, 6, 4, 1], [1, 2, 3, 5, 4, 1])
 EXACT = {"rtol": 0, "atol": 1e-13}
@@ -84,11 +85,21 @@ def test_fir_kernels_that_are_no_filters() -> None:
             check_fir_kernel(kernel)
 
 
+def settings(**changes: Any) -> BlockSettings:
+    """Plain blocks, with `changes`."""
+    plain = {
+        "activation": nn.SiLU(), "groups": "quarter", "norm_eps": 1e-6, "dropout": 0.0, "init_scale": 1.0,
+        "shortcut_scale": 1.0, "skip_rescale": False, "embedding_size": None, "adaptive_norm": False,
+        "project_resampled": True, "head_channels": None,
+    }  # fmt: skip
+    return BlockSettings(**plain | changes)
+
+
 @pytest.mark.parametrize("rescale", [True, False])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_attention(rescale: bool, memory_format: torch.memory_format) -> None:
     """The fused attention against an einsum over pixels."""
-    block = SelfAttention(8, groups="quarter", init_scale=1.0, skip_rescale=rescale).double()
+    block = SelfAttention(8, settings(skip_rescale=rescale)).double()
     x = pictures(2, 8, 3, 5).contiguous(memory_format=memory_format)
     with torch.no_grad():
         q, k, v = block.query_key_value(F.group_norm(x, 2, eps=1e-6)).chunk(3, 1)
@@ -97,15 +108,49 @@ def test_attention(rescale: bool, memory_format: torch.memory_format) -> None:
         torch.testing.assert_close(block(x), (x + h) / (math.sqrt(2) if rescale else 1), **EXACT)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_attention_with_heads(memory_format: torch.memory_format) -> None:
+    """Heads are consecutive channels: each is the attention of one head over its own."""
+    block = SelfAttention(12, settings(head_channels=4)).double()
+    x = pictures(2, 12, 3, 5).contiguous(memory_format=memory_format)
+    with torch.no_grad():
+        q, k, v = (y.chunk(3, 1) for y in block.query_key_value(F.group_norm(x, 3, eps=1e-6)).chunk(3, 1))
+        h = torch.cat([attention(*head) for head in zip(q, k, v, strict=True)], 1)
+        torch.testing.assert_close(block(x), x + block.output(h), **EXACT)
+    with pytest.raises(UserError, match="model.head_channels=5 does not divide 12 channels"):
+        SelfAttention(12, settings(head_channels=5))
+
+
 def test_residual_block_adds_the_embedding_before_its_second_normalization() -> None:
-    kind = {"activation": nn.SiLU(), "groups": "quarter", "dropout": 0.0, "init_scale": 1.0, "shortcut_scale": 1.0}
-    block = ResidualBlock(8, 12, embedding_size=5, skip_rescale=False, **kind).double()
+    block = ResidualBlock(8, 12, settings(embedding_size=5)).double()
     x, e = pictures(2, 8, 4, 4), pictures(2, 5)
     with torch.no_grad():
         h = F.conv2d(F.silu(F.group_norm(x, 2, eps=1e-6)), block.conv_1.weight, padding=1)
         h = F.silu(F.group_norm(h + (e @ block.condition.weight.T)[:, :, None, None], 3, eps=1e-6))
         h = F.conv2d(h, block.conv_2.weight, padding=1) + F.conv2d(x, block.shortcut.weight)
         torch.testing.assert_close(block(x, e), h, **EXACT)
+
+
+def test_adaptive_normalization_scales_and_shifts_after_it() -> None:
+    block = ResidualBlock(8, 12, settings(embedding_size=5, adaptive_norm=True, norm_eps=0.1)).double()
+    x, e = pictures(2, 8, 4, 4), pictures(2, 5)
+    with torch.no_grad():
+        scale, shift = (e @ block.condition.weight.T)[:, :, None, None].chunk(2, 1)
+        h = F.conv2d(F.silu(F.group_norm(x, 2, eps=0.1)), block.conv_1.weight, padding=1)
+        h = F.silu(F.group_norm(h, 3, eps=0.1) * (1 + scale) + shift)
+        h = F.conv2d(h, block.conv_2.weight, padding=1) + F.conv2d(x, block.shortcut.weight)
+        torch.testing.assert_close(block(x, e), h, **EXACT)
+
+
+def test_shortcut_of_a_block_that_resamples() -> None:
+    """Projected in NCSN++, the resampled picture itself in ADM."""
+    x = pictures(2, 8, 4, 4)
+    for projected in (True, False):
+        block = ResidualBlock(8, 8, settings(project_resampled=projected), nn.AvgPool2d(2)).double()
+        nn.init.zeros_(block.conv_2.weight)
+        shortcut = block.shortcut if projected else nn.Identity()
+        with torch.no_grad():
+            torch.testing.assert_close(block(x, None), shortcut(F.avg_pool2d(x, 2)), **EXACT)
 
 
 def test_initialization() -> None:
@@ -119,7 +164,7 @@ def test_initialization() -> None:
             assert float(weight.var()) == pytest.approx(variance, rel=5 * math.sqrt(0.8 / weight.numel()))
             assert float(weight.abs().max()) <= math.sqrt(3 * variance) * (1 + 1e-6)
     assert not conv(3, 5).bias.any()
-    block = SelfAttention(32, groups="quarter", init_scale=0.0, skip_rescale=True)
+    block = SelfAttention(32, settings(init_scale=0.0))
     assert float(block.query_key_value.weight.abs().max()) == pytest.approx(math.sqrt(0.3 / 32), rel=0.01)
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.original import ListNetwork
 from sde.denoiser import Denoiser
 from sde.errors import UserError
 from sde.grids import GRIDS
@@ -27,7 +28,6 @@ from sde.reverse import ReverseProcess
 from sde.solvers import PredictorCorrector, SciPyODE
 from tests.commands import command
 from tests.conftest import SHARED
-from benchmarks.original import ListNetwork
 
 GOLDEN = SHARED / "golden"
 CASES = ("vp_ncsnpp", "ve_ncsnpp", "subvp_ddpmpp", "ve_ffhq", "vp_ddpm")

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.original import ListNetwork
 from sde.errors import UserError
 from sde.interop.score_sde_weights import (
     convert_state_dict,
@@ -27,7 +28,6 @@ from sde.interop.score_sde_weights import (
     settings_from_config,
 )
 from sde.models import DDPM, NCSNpp
-from benchmarks.original import ListNetwork
 
 GOLDEN = Path(__file__).parents[1] / ".." / "shared" / "golden"
 CASES = ("subvp_ddpmpp", "ve_ffhq", "ve_ncsnpp", "vp_ddpm", "vp_ncsnpp")

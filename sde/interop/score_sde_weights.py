@@ -206,7 +206,7 @@ def original_order(network: UNet) -> Iterator[nn.Module | None]:
     for level in network.up:
         assert isinstance(level, UpLevel)
         yield from level.blocks
-        yield from _if_attention(level.attention)
+        yield from _if_attention(level.attentions[-1])
         yield from _pyramid_order(level.output_pyramid)
         if level.up is not None:
             yield level.up

@@ -1,5 +1,6 @@
 """Networks: one file per architecture. Each is called as `network(x, noise, label)`; see `sde.models.base`."""
 
+from sde.models.adm import ADM
 from sde.models.base import MODELS, register
 from sde.models.ddpm import DDPM
 from sde.models.ddpmpp import DDPMpp
@@ -11,4 +12,4 @@ from sde.models.ncsnpp import NCSNpp
 from sde.models.ncsnv2 import NCSNv2
 from sde.models.unet1d import UNet1d
 
-__all__ = ["DDPM", "EDM2", "MLP", "MODELS", "NCSN", "DDPMpp", "DiT", "NCSNpp", "NCSNv2", "UNet1d", "register"]
+__all__ = ["ADM", "DDPM", "EDM2", "MLP", "MODELS", "NCSN", "DDPMpp", "DiT", "NCSNpp", "NCSNv2", "UNet1d", "register"]

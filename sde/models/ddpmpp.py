@@ -29,7 +29,11 @@ class DDPMpp(UNet):
         activation: "swish", "elu", "relu" or "lrelu" (slope 0.2).
         skip_rescale: divide every sum with a shortcut by sqrt(2).
         init_scale: initialization scale of the last layer of each block and of the output, at least 0.
+        classes_join: class vectors are added to the "output" of the embedding's two layers, or to their "features", as
+            EDM does.
         centered: whether data is in [-1, 1]; otherwise it is in [0, 1] and the network maps x to 2x - 1.
+        recompute_levels: highest levels whose activations are computed again in the backward pass instead of kept, which
+            saves memory and costs up to a third more time.
 
     Raises:
         UserError: a setting out of range, or a shape or number of channels that cannot be divided.
@@ -48,7 +52,9 @@ class DDPMpp(UNet):
         activation: str = "swish",
         skip_rescale: bool = True,
         init_scale: float = 0.0,
+        classes_join: str = "output",
         centered: bool = True,
+        recompute_levels: int = 0,
     ) -> None:
         settings = UNetSettings(
             channels=channels,
@@ -61,6 +67,8 @@ class DDPMpp(UNet):
             skip_rescale=skip_rescale,
             init_scale=init_scale,
             embedding="positional",
+            classes_join=classes_join,
             centered=centered,
+            recompute_levels=recompute_levels,
         )
         super().__init__(shape, num_classes, settings)

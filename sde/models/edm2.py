@@ -80,12 +80,12 @@ class CosineAttention(nn.Module):
 
     Args:
         channels: of input and output.
-        channels_per_head: channels of one head; divides `channels`.
+        head_channels: channels of one head; divides `channels`.
     """
 
-    def __init__(self, channels: int, channels_per_head: int) -> None:
+    def __init__(self, channels: int, head_channels: int) -> None:
         super().__init__()
-        self.channels_per_head = channels_per_head
+        self.head_channels = head_channels
         self.query_key_value = MPConv(channels, 3 * channels, 1)
         self.output = MPConv(channels, channels, 1)
 
@@ -93,7 +93,7 @@ class CosineAttention(nn.Module):
         """(B, channels, H, W) to the same."""
         batch, channels, height, width = x.shape
         projected = self.query_key_value(x).permute(0, 2, 3, 1)
-        heads = projected.reshape(batch, height * width, -1, self.channels_per_head, 3).transpose(1, 2)
+        heads = projected.reshape(batch, height * width, -1, self.head_channels, 3).transpose(1, 2)
         # One by one, so that each result is dense: fast attention kernels want adjacent channels.
         query, key, value = (normalize(part, (3,)) for part in heads.unbind(4))
         h = F.scaled_dot_product_attention(query, key, value)
@@ -265,7 +265,7 @@ class EDM2(nn.Module):
         channel_multipliers: factor on `channels` for each level, highest resolution first.
         blocks_per_level: residual blocks of a level on the way down; one more on the way up.
         attention_resolutions: longer sides in pixels of the levels whose blocks have attention; the middle always has.
-        channels_per_head: channels of one head of attention; divides the channels of every level that has attention.
+        head_channels: channels of one head of attention; divides the channels of every level that has attention.
         dropout: probability of dropping an entry inside residual blocks, 0 to below 1.
         residual_balance: share t of the residual branch in its sum with the shortcut, 0 to 1.
         attention_balance: share t of attention in its sum with what it reads, 0 to 1.
@@ -291,7 +291,7 @@ class EDM2(nn.Module):
         channel_multipliers: Sequence[int] = (1, 2, 2),
         blocks_per_level: int = 2,
         attention_resolutions: Sequence[int] = (16, 8),
-        channels_per_head: int = 64,
+        head_channels: int = 64,
         dropout: float = 0.0,
         residual_balance: float = 0.3,
         attention_balance: float = 0.3,
@@ -323,7 +323,7 @@ class EDM2(nn.Module):
         self.shape = shape
         self.num_classes = num_classes
         self.attention_resolutions = check_counts("model.attention_resolutions", attention_resolutions)
-        self.channels_per_head = check_count("model.channels_per_head", channels_per_head)
+        self.head_channels = check_count("model.head_channels", head_channels)
         self.recompute_levels = check_count("model.recompute_levels", recompute_levels, at_least=0)
         widths = [channels * multiplier for multiplier in multipliers]
         self.embedding = Embedding(widths[0], max(widths), num_classes, fourier_scale, label_balance)
@@ -366,12 +366,12 @@ class EDM2(nn.Module):
 
     def _block(self, in_channels: int, out_channels: int, *, encoder: bool = False, attention: bool = False) -> Block:
         """A block; `UserError` when heads do not divide the channels of its attention."""
-        if attention and out_channels % self.channels_per_head:
+        if attention and out_channels % self.head_channels:
             raise UserError(
-                f"heads of model.channels_per_head={self.channels_per_head} do not divide the {out_channels} channels "
+                f"heads of model.head_channels={self.head_channels} do not divide the {out_channels} channels "
                 "of a level with attention: choose a divisor, or other model.channels"
             )
-        reader = CosineAttention(out_channels, self.channels_per_head) if attention else None
+        reader = CosineAttention(out_channels, self.head_channels) if attention else None
         return Block(in_channels, out_channels, encoder=encoder, attention=reader, **self.block_settings)
 
     def forward(self, x: Tensor, noise: Tensor, label: Tensor | None = None) -> Tensor:

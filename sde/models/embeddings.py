@@ -51,15 +51,16 @@ class SinusoidalFeatures(nn.Module):
 
     Args:
         size: number of features, at least 4; for an odd number the last is zero.
+        endpoint: whether 1e-4 is the lowest frequency, as in DDPM, or would be the next one, as in ADM.
     """
 
     frequencies: Tensor
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, endpoint: bool = True) -> None:
         super().__init__()
         self.out_features = size
         half = size // 2
-        decay = math.log(10_000) / (half - 1)
+        decay = math.log(10_000) / (half - 1 if endpoint else half)
         self.register_buffer(
             "frequencies", torch.exp(-decay * torch.arange(half, dtype=torch.float32)), persistent=False
         )
@@ -99,6 +100,8 @@ class ConditionEmbedding(nn.Module):
         hidden: width of the two linear layers and of the result.
         num_classes: number of classes; 0 for none.
         activation: the nonlinearity.
+        classes_join: where the vector of the class is added: "output" of the two linear layers, or "features", their
+            input (as EDM's DDPM++ and NCSN++ have it).
     """
 
     def __init__(
@@ -107,13 +110,16 @@ class ConditionEmbedding(nn.Module):
         hidden: int,
         num_classes: int,
         activation: nn.Module,
+        classes_join: str = "output",
     ) -> None:
         super().__init__()
         self.features = features
         if features is not None:
             self.linear_1 = linear(features.out_features, hidden)
             self.linear_2 = linear(hidden, hidden)
-        self.classes = ClassEmbedding(num_classes, hidden) if num_classes else None
+        self.classes_first = features is not None and classes_join == "features"
+        size = features.out_features if features is not None and self.classes_first else hidden
+        self.classes = ClassEmbedding(num_classes, size) if num_classes else None
         self.activation = activation
 
     @property
@@ -129,12 +135,14 @@ class ConditionEmbedding(nn.Module):
         """
         if label is not None and self.classes is None:
             raise UserError("class labels were given to a model without classes: use data with labels to train one")
+        classes = None if self.classes is None else self.classes(label)
         embedding: Tensor | None = None
         if self.features is not None:
             features = self.features(noise).to(self.linear_1.weight.dtype)
+            if classes is not None and self.classes_first:
+                features = features + classes
             embedding = self.linear_2(self.activation(self.linear_1(features)))
-        if self.classes is not None:
-            classes = self.classes(label)
+        if classes is not None and not self.classes_first:
             embedding = classes.expand(noise.shape[0], -1) if embedding is None else embedding + classes
         return None if embedding is None else self.activation(embedding)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -75,13 +76,14 @@ def conv(
     return layer
 
 
-def group_norm(channels: int, groups: str = "quarter") -> nn.GroupNorm:
-    """Group normalization with epsilon 1e-6.
+def group_norm(channels: int, groups: str = "quarter", eps: float = 1e-6) -> nn.GroupNorm:
+    """Group normalization.
 
     Args:
         channels: number of channels.
         groups: "quarter" for min(channels // 4, 32) groups, as NCSN++ has; "thirty_two" for 32 groups, as DDPM has.
             Where that number does not divide `channels`, it is the most groups of four channels or more that do.
+        eps: added to the variance.
 
     Raises:
         UserError: there are fewer than four channels.
@@ -92,7 +94,7 @@ def group_norm(channels: int, groups: str = "quarter") -> nn.GroupNorm:
     count = 32 if groups == "thirty_two" else most
     if channels % count:
         count = max(n for n in range(1, most + 1) if channels % n == 0)
-    return nn.GroupNorm(count, channels, eps=1e-6)
+    return nn.GroupNorm(count, channels, eps=eps)
 
 
 class Dropout(nn.Dropout):
@@ -118,117 +120,163 @@ class Dropout(nn.Dropout):
         return noise
 
 
+@dataclass(frozen=True)
+class BlockSettings:
+    """What the blocks of a network have in common.
+
+    Attributes:
+        activation: the nonlinearity.
+        groups: rule of `group_norm`.
+        norm_eps: what group normalization adds to the variance.
+        dropout: probability of dropping an entry inside residual blocks, 0 to 1.
+        init_scale: initialization scale of the last layer of each block.
+        shortcut_scale: initialization scale of the 1x1 convolutions of shortcuts.
+        skip_rescale: divide the sum with a shortcut by sqrt(2), so that its variance is that of its terms.
+        embedding_size: length of the embedding that residual blocks receive; None when there is none.
+        adaptive_norm: the embedding scales and shifts what the second normalization gives (arXiv 2105.05233, section
+            3.1), instead of being added before it.
+        project_resampled: a shortcut with resampling has a 1x1 convolution although it keeps the channels.
+        head_channels: channels of one attention head; None for a single head.
+    """
+
+    activation: nn.Module
+    groups: str
+    norm_eps: float
+    dropout: float
+    init_scale: float
+    shortcut_scale: float
+    skip_rescale: bool
+    embedding_size: int | None
+    adaptive_norm: bool
+    project_resampled: bool
+    head_channels: int | None
+
+    def norm(self, channels: int) -> nn.GroupNorm:
+        """Group normalization of `channels`."""
+        return group_norm(channels, self.groups, self.norm_eps)
+
+
 class Head(nn.Module):
     """Normalization, activation and a 3x3 convolution.
 
     Args:
         channels: of the input.
         out_channels: of the output.
-        activation: the nonlinearity.
-        groups: rule of `group_norm`.
+        settings: of the network's blocks.
         scale: initialization scale of the convolution.
     """
 
-    def __init__(self, channels: int, out_channels: int, activation: nn.Module, groups: str, scale: float) -> None:
+    def __init__(self, channels: int, out_channels: int, settings: BlockSettings, scale: float) -> None:
         super().__init__()
-        self.norm = group_norm(channels, groups)
-        self.activation = activation
+        self.norm = settings.norm(channels)
+        self.activation = settings.activation
         self.conv = conv(channels, out_channels, scale=scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, H, W) to (B, out_channels, H, W)."""
-        return self.conv(self.activation(self.norm(x)))
+        return self.conv(activate(self.activation, self.norm(x)))
 
 
 class ResidualBlock(nn.Module):
-    r"""Two 3x3 convolutions around a shortcut; the embedding enters between them as one bias per channel.
+    r"""Two 3x3 convolutions around a shortcut; the embedding enters between them.
 
         h = conv_1(resample(act(norm_1(x)))) + condition(e)
         y = shortcut(resample(x)) + conv_2(dropout(act(norm_2(h))))
 
-    The shortcut is a 1x1 convolution where the number of channels changes or there is resampling, else the identity.
+    With adaptive normalization, h has no condition and norm_2(h) becomes norm_2(h) (1 + scale) + shift, with scale and
+    shift one number per channel from condition(e). The shortcut is a 1x1 convolution where the number of channels
+    changes or, if the settings say so, where there is resampling; else it is the identity.
 
     Args:
         in_channels: of the input.
         out_channels: of the output.
-        embedding_size: length of the embedding e; None for a block that takes none.
-        activation: the nonlinearity.
-        groups: rule of `group_norm`.
-        dropout: probability of dropping an entry of h, 0 to 1.
-        init_scale: initialization scale of `conv_2`.
-        shortcut_scale: initialization scale of the shortcut.
-        skip_rescale: divide the sum by sqrt(2), so that its variance is that of its terms.
+        settings: of the network's blocks.
         resample: makes the picture larger or smaller (BigGAN's residual blocks do); None keeps its size.
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        embedding_size: int | None,
-        activation: nn.Module,
-        groups: str,
-        dropout: float,
-        init_scale: float,
-        shortcut_scale: float,
-        skip_rescale: bool,
-        resample: nn.Module | None = None,
+        self, in_channels: int, out_channels: int, settings: BlockSettings, resample: nn.Module | None = None
     ) -> None:
         super().__init__()
-        self.activation = activation
+        self.activation = settings.activation
         self.resample = resample
-        self.norm_1 = group_norm(in_channels, groups)
+        self.norm_1 = settings.norm(in_channels)
         self.conv_1 = conv(in_channels, out_channels)
-        self.condition = None if embedding_size is None else linear(embedding_size, out_channels)
-        self.norm_2 = group_norm(out_channels, groups)
-        self.dropout = Dropout(dropout)
-        self.conv_2 = conv(out_channels, out_channels, scale=init_scale)
-        keeps_shape = in_channels == out_channels and resample is None
-        self.shortcut = None if keeps_shape else conv(in_channels, out_channels, 1, scale=shortcut_scale)
-        self.skip_rescale = skip_rescale
+        size = settings.embedding_size
+        self.adaptive = settings.adaptive_norm and size is not None
+        self.condition = None if size is None else linear(size, (2 if self.adaptive else 1) * out_channels)
+        self.norm_2 = settings.norm(out_channels)
+        self.dropout = Dropout(settings.dropout)
+        self.conv_2 = conv(out_channels, out_channels, scale=settings.init_scale)
+        project = in_channels != out_channels or (resample is not None and settings.project_resampled)
+        self.shortcut = conv(in_channels, out_channels, 1, scale=settings.shortcut_scale) if project else None
+        self.skip_rescale = settings.skip_rescale
 
     def forward(self, x: Tensor, embedding: Tensor | None) -> Tensor:
         """(B, in_channels, H, W) and the activated embedding (B, embedding_size) to (B, out_channels, H', W')."""
-        h = self.activation(self.norm_1(x))
+        condition = None if self.condition is None else self.condition(embedding)
+        h = activate(self.activation, self.norm_1(x))
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
-        h = self.conv_1(h, None if self.condition is None else self.condition(embedding))
-        h = self.conv_2(self.dropout(self.activation(self.norm_2(h))))
+        h = self.norm_2(self.conv_1(h, None if self.adaptive else condition))
+        if self.adaptive and condition is not None:
+            scale, shift = condition[:, :, None, None].chunk(2, dim=1)
+            h = torch.addcmul(shift, h, 1 + scale)
+        h = self.conv_2(self.dropout(activate(self.activation, h)))
         if self.shortcut is not None:
             x = self.shortcut(x)
         return join(x, h, self.skip_rescale)
 
 
 class SelfAttention(nn.Module):
-    """Self-attention with one head over the pixels of a picture, around a shortcut.
+    """Self-attention over the pixels of a picture, around a shortcut.
 
     Args:
         channels: of input and output.
-        groups: rule of `group_norm`.
-        init_scale: initialization scale of the last layer.
-        skip_rescale: divide the sum with the shortcut by sqrt(2).
+        settings: of the network's blocks; `head_channels` divides `channels`.
+
+    Raises:
+        UserError: the heads do not come out even.
     """
 
-    def __init__(self, channels: int, *, groups: str, init_scale: float, skip_rescale: bool) -> None:
+    def __init__(self, channels: int, settings: BlockSettings) -> None:
         super().__init__()
-        self.norm = group_norm(channels, groups)
+        size = settings.head_channels or channels
+        if channels % size:
+            raise UserError(f"model.head_channels={size} does not divide {channels} channels: choose a divisor")
+        self.heads = channels // size
+        self.norm = settings.norm(channels)
         self.query_key_value = conv(channels, 3 * channels, 1)
         for weight in self.query_key_value.weight.detach().chunk(3):
             initialize(weight, 0.1)
-        self.output = conv(channels, channels, 1, scale=init_scale)
-        self.skip_rescale = skip_rescale
+        self.output = conv(channels, channels, 1, scale=settings.init_scale)
+        self.skip_rescale = settings.skip_rescale
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, H, W) to the same."""
         batch, channels, height, width = x.shape
         projected = self.query_key_value(self.norm(x)).permute(0, 2, 3, 1)
-        query, key, value = projected.reshape(batch, 1, height * width, 3, channels).unbind(3)
-        h = F.scaled_dot_product_attention(query, key, value)
+        projected = projected.reshape(batch, height * width, 3, self.heads, channels // self.heads)
+        query, key, value = projected.permute(2, 0, 3, 1, 4)
+        h = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
         h = self.output(h.reshape(batch, height, width, channels).permute(0, 3, 1, 2))
         return join(x, h, self.skip_rescale)
 
 
+_IN_PLACE: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
+    nn.SiLU: partial(F.silu, inplace=True),
+    nn.ELU: partial(F.elu, inplace=True),
+    nn.ReLU: partial(F.relu, inplace=True),
+    nn.LeakyReLU: partial(F.leaky_relu, negative_slope=0.2, inplace=True),
+}
+
+
+def activate(activation: nn.Module, x: Tensor) -> Tensor:
+    """`activation(x)` of an `x` that nobody else reads; in its own memory where no gradient is wanted."""
+    return activation(x) if torch.is_grad_enabled() else _IN_PLACE[type(activation)](x)
+
+
 def join(x: Tensor, h: Tensor, rescale: bool) -> Tensor:
-    """x + h, divided by sqrt(2) if `rescale`."""
-    return (x + h).mul_(math.sqrt(0.5)) if rescale else x + h
+    """x + h, divided by sqrt(2) if `rescale`; nobody else reads `h`, whose memory holds the sum if its type can."""
+    y = h.add_(x) if h.dtype == x.dtype else x + h
+    return y.mul_(math.sqrt(0.5)) if rescale else y

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sde.models.layers import ACTIVATIONS, Head, ResidualBlock, SelfAttention, conv, join
+from sde.models.layers import ACTIVATIONS, BlockSettings, Head, ResidualBlock, SelfAttention, conv, join
 from sde.models.resample import downsample, upsample
 from sde.models.settings import UNetSettings
 
@@ -28,37 +28,32 @@ class Parts:
     def __init__(self, settings: UNetSettings, picture_channels: int, embedding_size: int | None) -> None:
         self.settings = settings
         self.picture_channels = picture_channels
-        self.embedding_size = embedding_size
-        self.activation = ACTIVATIONS[settings.activation]()
-
-    def block(self, in_channels: int, out_channels: int, resample: nn.Module | None = None) -> ResidualBlock:
-        """A residual block."""
-        settings = self.settings
-        return ResidualBlock(
-            in_channels,
-            out_channels,
-            embedding_size=self.embedding_size,
-            activation=self.activation,
+        self.blocks = BlockSettings(
+            activation=ACTIVATIONS[settings.activation](),
             groups=settings.groups,
+            norm_eps=settings.norm_eps,
             dropout=settings.dropout,
             init_scale=settings.init_scale,
             shortcut_scale=1.0 if settings.block == "biggan" else 0.1,
             skip_rescale=settings.skip_rescale,
-            resample=resample,
+            embedding_size=embedding_size,
+            adaptive_norm=settings.adaptive_norm,
+            project_resampled=settings.project_resampled,
+            head_channels=settings.head_channels,
         )
+
+    def block(self, in_channels: int, out_channels: int, resample: nn.Module | None = None) -> ResidualBlock:
+        """A residual block."""
+        return ResidualBlock(in_channels, out_channels, self.blocks, resample)
 
     def attention(self, channels: int) -> SelfAttention:
         """An attention block."""
-        settings = self.settings
-        return SelfAttention(
-            channels, groups=settings.groups, init_scale=settings.init_scale, skip_rescale=settings.skip_rescale
-        )
+        return SelfAttention(channels, self.blocks)
 
     def head(self, channels: int, out_channels: int | None = None, scale: float | None = None) -> Head:
         """Normalization, activation and convolution, by default to the channels of the picture."""
-        settings = self.settings
-        scale = settings.init_scale if scale is None else scale
-        return Head(channels, out_channels or self.picture_channels, self.activation, settings.groups, scale)
+        scale = self.settings.init_scale if scale is None else scale
+        return Head(channels, out_channels or self.picture_channels, self.blocks, scale)
 
     def down(self, channels: int) -> nn.Module:
         """From one level to the one below."""
@@ -143,7 +138,7 @@ class InputResidual(nn.Module):
 
     def forward(self, pyramid: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """The pyramid of the level above and this level's `h` to the sum, which is both from here on."""
-        h = join(self.shrink(pyramid), h, self.skip_rescale)
+        h = join(h, self.shrink(pyramid), self.skip_rescale)
         return h, h
 
 
@@ -186,7 +181,7 @@ class OutputResidual(nn.Module):
         if self.head is not None:
             return self.head(h), h
         assert self.grow is not None
-        h = join(self.grow(pyramid), h, self.skip_rescale)
+        h = join(h, self.grow(pyramid), self.skip_rescale)
         return h, h
 
 
@@ -284,17 +279,20 @@ class UpLevel(nn.Module):
         self.blocks = nn.ModuleList(
             parts.block((channels if i else in_channels) + skip, channels) for i, skip in enumerate(skip_channels)
         )
-        self.attention = parts.attention(channels) if attention else nn.Identity()
+        every = parts.settings.attention_up == "every"
+        self.attentions = nn.ModuleList(
+            parts.attention(channels) if attention and (every or i == len(skip_channels) - 1) else nn.Identity()
+            for i in range(len(skip_channels))
+        )
         self.output_pyramid = parts.output_pyramid(channels, channels_below)
         self.up = None if highest else parts.up(channels)
 
     def forward(
-        self, h: Tensor, skips: list[Tensor], embedding: Tensor | None, pyramid: Tensor | None
+        self, h: Tensor, skips: Sequence[Tensor], embedding: Tensor | None, pyramid: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """What comes from below and its output pyramid to the same for the level above; takes its part of `skips`."""
-        for block in self.blocks:
-            h = block(torch.cat((h, skips.pop()), dim=1), embedding)
-        h = self.attention(h)
+        """What comes from below and its output pyramid to the same for the level above; one of `skips` for a block."""
+        for block, attention, skip in zip(self.blocks, self.attentions, skips, strict=True):
+            h = attention(block(torch.cat((h, skip), dim=1), embedding))
         if self.output_pyramid is not None:
             pyramid, h = self.output_pyramid(pyramid, h)
         if self.up is not None:

@@ -30,8 +30,15 @@ class UNetSettings:
         init_scale: initialization scale of the last layer of each residual and attention block and of the output.
         fir_kernel: taps of the resampling filter along either axis; None averages and repeats pixels instead.
         resample_with_conv: whether resampling between blocks has a learned convolution (block "ddpm").
+        project_resampled: whether the shortcut of a block that resamples has a 1x1 convolution (block "biggan").
+        norm_eps: what group normalization adds to the variance.
+        adaptive_norm: whether the embedding scales and shifts instead of being added (arXiv 2105.05233, section 3.1).
+        head_channels: channels of one attention head; None for a single head.
+        attention_up: on the way up, attention after the "last" block of a level or after "every" block.
         embedding: "fourier" or "positional" features of the noise level.
         fourier_scale: standard deviation of the Fourier frequencies, in cycles per unit of log noise level.
+        lowest_frequency: whether positional frequencies reach 1e-4 rad or stop one step before, as ADM's do.
+        classes_join: class vectors are added to the "output" of the embedding's two layers, or to their "features".
         noise_conditional: whether the network is told the noise level.
         progressive: how levels add to the output: "none", "output_skip" or "residual".
         progressive_input: how levels see the input: "none", "input_skip" or "residual".
@@ -40,6 +47,7 @@ class UNetSettings:
         scale_by_sigma: divide the output by the noise level.
         sigma_min, sigma_max, num_scales: the noise levels, in geometric progression, of a network with
             `scale_by_sigma` and positional embedding, which is told an index into them, 0 for `sigma_max`.
+        recompute_levels: highest levels whose activations are computed again in the backward pass instead of kept.
     """
 
     channels: int
@@ -54,8 +62,15 @@ class UNetSettings:
     init_scale: float = 0.0
     fir_kernel: Sequence[float] | None = None
     resample_with_conv: bool = True
+    project_resampled: bool = True
+    norm_eps: float = 1e-6
+    adaptive_norm: bool = False
+    head_channels: int | None = None
+    attention_up: str = "last"
     embedding: str = "positional"
     fourier_scale: float = 16.0
+    lowest_frequency: bool = True
+    classes_join: str = "output"
     noise_conditional: bool = True
     progressive: str = "none"
     progressive_input: str = "none"
@@ -65,6 +80,7 @@ class UNetSettings:
     sigma_min: float = 0.01
     sigma_max: float = 50.0
     num_scales: int = 1000
+    recompute_levels: int = 0
 
     def __post_init__(self) -> None:
         def store(name: str, value: object) -> None:
@@ -83,6 +99,11 @@ class UNetSettings:
         check_number("model.init_scale", self.init_scale, at_least=0)
         if self.fir_kernel is not None:
             store("fir_kernel", check_fir_kernel(self.fir_kernel))
+        check_number("model.norm_eps", self.norm_eps, above=0)
+        if self.head_channels is not None:
+            check_count("model.head_channels", self.head_channels)
+        check_choice("model.attention_up", self.attention_up, ("last", "every"))
+        check_choice("model.classes_join", self.classes_join, ("output", "features"))
         check_choice("model.embedding", self.embedding, ("fourier", "positional"))
         check_number("model.fourier_scale", self.fourier_scale, above=0)
         check_choice("model.progressive", self.progressive, ("none", "output_skip", "residual"))
@@ -91,3 +112,4 @@ class UNetSettings:
         check_number("model.sigma_min", self.sigma_min, above=0)
         check_number("model.sigma_max", self.sigma_max, above=self.sigma_min)
         check_count("model.num_scales", self.num_scales, at_least=2)
+        check_count("model.recompute_levels", self.recompute_levels, at_least=0)

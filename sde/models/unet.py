@@ -1,4 +1,4 @@
-r"""The U-Net of score-based models, from which NCSN++, DDPM++ and DDPM differ by settings only.
+r"""The U-Net of score-based models, from which NCSN++, DDPM++, DDPM and ADM differ by settings only.
 
     embedding   noise label and class label -> one vector, which every residual block receives
     input       3x3 convolution
@@ -13,6 +13,8 @@ of the output picture, made larger (StyleGAN2, arXiv 1912.04958). Every variant 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -21,11 +23,12 @@ from sde.models.base import MODELS, check_count, check_shape
 from sde.models.embeddings import ConditionEmbedding, FourierFeatures, NoiseScales, SinusoidalFeatures
 from sde.models.layers import ACTIVATIONS, conv
 from sde.models.levels import DownLevel, Middle, Parts, UpLevel
+from sde.models.recompute import recompute
 from sde.models.settings import UNetSettings
 
 
 class UNet(nn.Module):
-    """The U-Net; `NCSNpp`, `DDPMpp` and `DDPM` give it their settings.
+    """The U-Net; `NCSNpp`, `DDPMpp`, `DDPM` and `ADM` give it their settings.
 
     Args:
         shape: (C, H, W) of one picture; H and W divisible by 2^(levels - 1), C any.
@@ -59,9 +62,9 @@ class UNet(nn.Module):
         if settings.noise_conditional and settings.embedding == "fourier":
             features = FourierFeatures(settings.channels, settings.fourier_scale)
         elif settings.noise_conditional:
-            features = SinusoidalFeatures(settings.channels)
+            features = SinusoidalFeatures(settings.channels, endpoint=settings.lowest_frequency)
         activation = ACTIVATIONS[settings.activation]()
-        return ConditionEmbedding(features, 4 * settings.channels, self.num_classes, activation)
+        return ConditionEmbedding(features, 4 * settings.channels, self.num_classes, activation, settings.classes_join)
 
     def _make_levels(self, parts: Parts) -> None:
         """The modules from input to output; `skips` holds the channels of what `down` leaves for `up`."""
@@ -115,13 +118,17 @@ class UNet(nn.Module):
         h = pyramid = x if self.settings.centered else 2 * x - 1
 
         skips = [self.input(h)]
-        for level in self.down:
-            level_skips, pyramid = level(skips[-1], embedding, pyramid)
+        recomputed = self.settings.recompute_levels
+        for i, level in enumerate(self.down):
+            call = recompute if i < recomputed else _call
+            level_skips, pyramid = call(level, skips[-1], embedding, pyramid)
             skips.extend(level_skips)
         h = self.middle(skips[-1], embedding)
         result: Tensor | None = None
-        for level in self.up:
-            h, result = level(h, skips, embedding, result)
+        for i, level in zip(reversed(range(len(self.up))), self.up, strict=True):
+            call = recompute if i < recomputed else _call
+            seen = [skips.pop() for _ in level.blocks]  # type: ignore[union-attr]
+            h, result = call(level, h, seen, embedding, result)
         if self.output is not None:
             result = self.output(h)
         assert result is not None
@@ -131,3 +138,7 @@ class UNet(nn.Module):
             sigma = noise if fourier else self.scales.sigma(noise)
             y = y / sigma.to(x.dtype)[:, None, None, None]
         return y
+
+
+def _call(module: nn.Module, *args: Any) -> Any:
+    return module(*args)
