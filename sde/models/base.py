@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
 from sde.errors import UserError, check_number
 from sde.registry import Registry
@@ -56,3 +56,9 @@ def check_shape(model: str, shape: tuple[int, ...], axes: str) -> None:
             f"model={model} works on examples of shape ({', '.join(axes)}), not {tuple(shape)}; "
             "choose a model that suits the data"
         )
+
+
+def check_unlabeled(label: Tensor | None) -> None:
+    """Raise `UserError` for class labels, which a model without classes cannot use."""
+    if label is not None:
+        raise UserError("class labels were given to a model without classes: use data with labels to train one")

@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sde.errors import UserError, check_number
-from sde.models.base import check_count, check_counts, check_shape, register
+from sde.models.base import check_count, check_counts, check_shape, check_unlabeled, register
 from sde.models.magnitude import (
     MPClassEmbedding,
     MPConv,
@@ -246,8 +246,8 @@ class Embedding(nn.Module):
         e = self.noise(self.features(noise).to(self.noise.weight.dtype))
         if self.classes is not None:
             e = mp_sum(e, self.classes(label), self.label_balance)
-        elif label is not None:
-            raise UserError("class labels were given to a model without classes: use data with labels to train one")
+        else:
+            check_unlabeled(label)
         return mp_silu(e)
 
 

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sde.errors import UserError
+from sde.models.base import check_unlabeled
 from sde.models.layers import linear
 
 
@@ -133,9 +133,11 @@ class ConditionEmbedding(nn.Module):
         Raises:
             UserError: class labels for a network without classes.
         """
-        if label is not None and self.classes is None:
-            raise UserError("class labels were given to a model without classes: use data with labels to train one")
-        classes = None if self.classes is None else self.classes(label)
+        classes: Tensor | None = None
+        if self.classes is None:
+            check_unlabeled(label)
+        else:
+            classes = self.classes(label)
         embedding: Tensor | None = None
         if self.features is not None:
             features = self.features(noise).to(self.linear_1.weight.dtype)

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sde.errors import UserError, check_choice, check_flag, check_number
-from sde.models.base import check_count, check_counts
+from sde.models.base import check_count, check_counts, check_unlabeled
 from sde.models.layers import ACTIVATIONS, conv
 from sde.models.recompute import recompute
 
@@ -457,7 +457,6 @@ def class_rows(label: Tensor | None, num_classes: int, like: Tensor) -> Rows:
         UserError: class labels for a network without classes.
     """
     if not num_classes:
-        if label is not None:
-            raise UserError("class labels were given to a model without classes: use data with labels to train one")
+        check_unlabeled(label)
         return ()
     return (like.new_full((1,), num_classes, dtype=torch.int64) if label is None else label,)
