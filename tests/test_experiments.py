@@ -53,10 +53,42 @@ SIGMA_MAX = {
     "ffhq1024": 1348,
 }
 
-# Parameters of the original networks. arXiv 2509.15591 counts two networks of score_sde_pytorch, the second with its
-# 128 fixed frequencies; arXiv 2006.11239 gives 35.7 and 114 million with one attention block for every residual block
-# on the way up, where score_sde_pytorch has one for a level.
+
+def parameters_of_edm_adm() -> int:
+    """Parameters of EDM's ADM for ImageNet at 64 pixels (arXiv 2206.00364, table 7: about 296 million), layer by layer.
+
+    With a vector for "no label", which the original does not have.
+    """
+    embedding = 4 * 192
+
+    def block(inputs: int, outputs: int, attention: bool = False) -> int:
+        convolutions = (9 * inputs + 1 + 9 * outputs + 1) * outputs
+        norms, modulation = 2 * inputs + 2 * outputs, (embedding + 1) * 2 * outputs
+        shortcut = (inputs + 1) * outputs if inputs != outputs else 0
+        heads = 2 * outputs + 4 * (outputs + 1) * outputs if attention else 0
+        return convolutions + norms + modulation + shortcut + heads
+
+    widths = [192, 384, 576, 768]  # at 64, 32, 16 and 8 pixels; attention at all but the first
+    total = (192 + 1) * embedding + (embedding + 1) * embedding + (1000 + 1) * embedding + (27 + 1) * 192
+    width, skips = 192, [192]
+    for level, outputs in enumerate(widths):
+        if level > 0:
+            total, skips = total + block(width, width), [*skips, width]
+        for _ in range(3):
+            total, width, skips = total + block(width, outputs, level > 0), outputs, [*skips, outputs]
+    total += block(width, width, True) + block(width, width)
+    for level, outputs in reversed(list(enumerate(widths))):
+        for _ in range(4):
+            total, width = total + block(width + skips.pop(), outputs, level > 0), outputs
+        total += block(width, width) if level > 0 else 0
+    return total + 2 * 192 + 9 * 192 * 3 + 3
+
+
+# Parameters of the original networks. Appendix C of arXiv 2509.15591 gives two networks of score_sde_pytorch (as used by
+# rectified flows), the second with its 128 fixed frequencies; arXiv 2006.11239 gives 35.7 and 114 million with one
+# attention block for every residual block on the way up, where score_sde_pytorch has one for a level.
 PUBLISHED = {
+    "edm_imagenet64": parameters_of_edm_adm(),
     "cifar10_vp_ddpmpp": 61_804_419,
     "celebahq256_ve_ncsnpp": 65_574_549 - 128,
     "cifar10_vp_ddpm_discrete": 35_746_307 - 2 * (4 * 256 * 257 + 2 * 256),
