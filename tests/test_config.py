@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -84,6 +85,31 @@ def test_a_model_preset_can_be_built(name: str) -> None:
     side = max(32, 2 ** len(node.get("channel_multipliers", [])))
     with torch.device("meta"):
         assert build(node, "model", shape=(3, side, side)).shape == (3, side, side)
+
+
+NUMBERED = {
+    name: found
+    for kind, name in presets()
+    if kind == "model"
+    and (
+        found := re.search(
+            r"([\d.]+) M parameters(?: for (\d+)x(\d+)x(\d+) and (\d+) classes)?",
+            (conf_dir() / kind / f"{name}.yaml").read_text(),
+        )
+    )
+}
+
+
+@pytest.mark.parametrize("name", NUMBERED)
+def test_a_model_preset_has_the_number_of_parameters_of_its_header(name: str) -> None:
+    """To the digits given; for 3x32x32 without classes unless the header says otherwise."""
+    millions, *sizes = NUMBERED[name].groups()
+    *shape, classes = (int(size) for size in sizes) if sizes[0] else (3, 32, 32, 0)
+    with torch.device("meta"):
+        model = build(options("model", name), "model", shape=tuple(shape), num_classes=classes)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    digits = len(millions.partition(".")[2])
+    assert f"{count / 1e6:.{digits}f}" == millions
 
 
 @pytest.mark.parametrize(("kind", "name", "cls"), FILES, ids=[f"{kind}-{name}" for kind, name, _ in FILES])
