@@ -117,7 +117,7 @@ def test_attention_with_heads(memory_format: torch.memory_format) -> None:
         q, k, v = (y.chunk(3, 1) for y in block.query_key_value(F.group_norm(x, 3, eps=1e-6)).chunk(3, 1))
         h = torch.cat([attention(*head) for head in zip(q, k, v, strict=True)], 1)
         torch.testing.assert_close(block(x), x + block.output(h), **EXACT)
-    with pytest.raises(UserError, match="model.head_channels=5 does not divide 12 channels"):
+    with pytest.raises(UserError, match=r"model.head_channels=5 does not divide 12 channels"):
         SelfAttention(12, settings(head_channels=5))
 
 

@@ -37,8 +37,8 @@ class DDPM(UNet):
         sigma_min: lowest noise level of `scale_by_sigma`.
         sigma_max: highest noise level of the same.
         num_scales: number of noise levels of the same, in geometric progression.
-        recompute_levels: highest levels whose activations are computed again in the backward pass instead of kept, which
-            saves memory and costs up to a third more time.
+        recompute_levels: highest levels whose activations are computed again in the backward pass instead of kept: less
+            memory, up to a third more time.
 
     Raises:
         UserError: a setting out of range, or a shape or number of channels that cannot be divided.

@@ -32,8 +32,8 @@ class DDPMpp(UNet):
         classes_join: class vectors are added to the "output" of the embedding's two layers, or to their "features", as
             EDM does.
         centered: whether data is in [-1, 1]; otherwise it is in [0, 1] and the network maps x to 2x - 1.
-        recompute_levels: highest levels whose activations are computed again in the backward pass instead of kept, which
-            saves memory and costs up to a third more time.
+        recompute_levels: highest levels whose activations are computed again in the backward pass instead of kept: less
+            memory, up to a third more time.
 
     Raises:
         UserError: a setting out of range, or a shape or number of channels that cannot be divided.

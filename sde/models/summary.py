@@ -22,7 +22,8 @@ def on_meta(network: nn.Module) -> nn.Module:
 def count_flops(network: nn.Module) -> int:
     """Floating-point operations of one evaluation for one example."""
     network = on_meta(network).eval()
-    x = torch.zeros(1, *network.shape, device="meta")
+    shape: tuple[int, ...] = network.shape  # type: ignore[assignment]
+    x = torch.zeros(1, *shape, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(x, torch.zeros(1, device="meta"))
     return counter.get_total_flops()
