@@ -84,9 +84,9 @@ def parameters_of_edm_adm() -> int:
     return total + 2 * 192 + 9 * 192 * 3 + 3
 
 
-# Parameters of the original networks. Appendix C of arXiv 2509.15591 gives two networks of score_sde_pytorch (as used by
-# rectified flows), the second with its 128 fixed frequencies; arXiv 2006.11239 gives 35.7 and 114 million with one
-# attention block for every residual block on the way up, where score_sde_pytorch has one for a level.
+# Parameters of the original networks. Appendix C of arXiv 2509.15591 gives two networks of score_sde_pytorch, which
+# rectified flows took over, the second with its 128 fixed frequencies; arXiv 2006.11239 gives 35.7 and 114 million with
+# one attention block for every residual block on the way up, where score_sde_pytorch has one for a level.
 PUBLISHED = {
     "edm_imagenet64": parameters_of_edm_adm(),
     "cifar10_vp_ddpmpp": 61_804_419,
