@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sde.errors import UserError
 from sde.interop.chains import SMLDChain
-from sde.interop.score_sde import load, parameterization_from_config, read_config, run_config
+from sde.interop.score_sde import describe, load, parameterization_from_config, read_config
 from sde.interop.score_sde_refinenets import translate_config
 from sde.interop.score_sde_weights import (
     convert_state_dict,
@@ -380,7 +380,7 @@ def test_load(name: str, tmp_path: Path) -> None:
     torch.save(checkpoint, tmp_path / "checkpoint.pth")
     (tmp_path / "config.json").write_text(json.dumps(settings))
     assert read_config(tmp_path / "config.json") == settings
-    node = run_config(settings)["model"]
+    node = describe(settings).config()["model"]
     assert node.pop("_target_") in ("sde.models.ncsn.NCSN", "sde.models.ncsnv2.NCSNv2")
     assert node == {k: list(v) if isinstance(v, tuple) else v for k, v in settings_from_config(settings)[1].items()}
     check_scores(tmp_path / "checkpoint.pth", settings, original, 1.1)

@@ -20,19 +20,16 @@ number of sampling steps for n, too: to follow a discrete network there, set n o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sde.cli import output_dir, run_command
-from sde.config import build, path_of
 from sde.data import DataInfo
 from sde.denoiser import Denoiser
-from sde.errors import UserError, check_choice
+from sde.errors import check_choice
 from sde.interop import chains
+from sde.interop.runs import Description, write_run
 from sde.interop.score_sde_refinenets import SIZES, translate_config
 from sde.interop.score_sde_weights import (
     convert_state_dict,
@@ -41,13 +38,11 @@ from sde.interop.score_sde_weights import (
     read_checkpoint,
     settings_from_config,
 )
-from sde.models import MODELS
+from sde.interop.weights import read_json
 from sde.parameterizations import Eps, Parameterization, Score
 from sde.processes import SDE, VE, VP, SubVP
-from sde.runs import Run
-from sde.training.checkpoint import list_checkpoints, save_checkpoint
 
-_HOW = "write it with json.dump(config.to_dict(), file)"
+_HOW = "write the original's with json.dump(config.to_dict(), file)"
 _SDES = {"vpsde": VP, "subvpsde": SubVP, "vesde": VE}
 
 
@@ -67,8 +62,7 @@ def load(checkpoint: str | Path, config: str | Path | Mapping[str, Any], ema: bo
     network = network_from_config(settings)
     weights = ema_state_dict(network, content) if ema else convert_state_dict(network, content["model"])
     network.load_state_dict(weights)
-    denoiser = Denoiser(network, sde_from_config(settings), parameterization_from_config(settings))
-    return denoiser.eval().requires_grad_(False)
+    return describe(settings).denoiser(network)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -77,17 +71,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: when there is no such file or it is not JSON.
     """
-    try:
-        config = json.loads(Path(path).expanduser().read_text())
-    except FileNotFoundError:
-        raise UserError(f"config={path} does not exist: give the original's configuration as a JSON file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"config={path} is not JSON ({error}): write it with json.dump(config.to_dict(), file)"
-        ) from None
-    if not isinstance(config, dict):
-        raise UserError(f"config={path} is not a configuration: write it with json.dump(config.to_dict(), file)")
-    return dict(translate_config(config))
+    return dict(translate_config(read_json(path, _HOW)))
 
 
 def sde_from_config(config: Mapping[str, Any]) -> SDE:
@@ -125,39 +109,21 @@ def info_from_config(config: Mapping[str, Any]) -> DataInfo:
     return DataInfo(name=str(data.get("dataset", "score_sde")).lower(), shape=shape, low=low, high=1.0)
 
 
-def run_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a run's configuration that sampling needs."""
+def describe(config: Mapping[str, Any]) -> Description:
+    """What an original configuration describes."""
     name, settings, _ = settings_from_config(config)
-    sde, parameterization = sde_from_config(config), parameterization_from_config(config)
-
-    def node(value: Any) -> dict[str, Any]:
-        return {"_target_": path_of(type(value)), **vars(value)}
-
-    listed = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
-    return {
-        "sde": node(sde),
-        "parameterization": node(parameterization),
-        "model": {"_target_": path_of(MODELS.get(name)), **listed},
-        "conditional": False,
-    }
+    return Description(
+        name, settings, sde_from_config(config), parameterization_from_config(config), info_from_config(config)
+    )
 
 
 def import_run(config: dict[str, Any]) -> None:
     """Write a run folder from `checkpoint` and `config`."""
-    run = Run(Path(output_dir()))
     original = read_config(config["config"])
     content = read_checkpoint(Path(config["checkpoint"]).expanduser())
     network = network_from_config(original)
-    settings, info = run_config(original), info_from_config(original)
-    build(settings["model"], "model", shape=info.shape)  # what sampling will do
-    weights = {"model": convert_state_dict(network, content["model"]), "ema": ema_state_dict(network, content)}
-    if list_checkpoints(run.checkpoints):
-        raise UserError(f"{run.path} holds a run already: choose another hydra.run.dir")
-    run.write_beginning(settings, info, torch.device("cpu"))
-    step = int(content.get("step", 0))
-    path = save_checkpoint(run.checkpoints, {"step": step, "config": settings, "data": info.to_dict(), **weights})
-    print(f"checkpoint {path}")
-    print(f"draw samples with: python -m sde.sample run={run.path}")
+    averaged, last = ema_state_dict(network, content), convert_state_dict(network, content["model"])
+    write_run(Path(output_dir()), describe(original), averaged, last, int(content.get("step", 0)))
 
 
 def main() -> None:

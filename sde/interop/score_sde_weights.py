@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from sde.errors import UserError, check_choice
-from sde.interop.rules import Rule, concatenate, pair, required, same, section
+from sde.interop.rules import Rule, apply_rules, concatenate, pair, required, same, section
 from sde.interop.score_sde_refinenets import SIZES, refinenet_rules, refinenet_settings, translate_checkpoint
 from sde.models.base import MODELS
 from sde.models.embeddings import FourierFeatures
@@ -139,30 +139,8 @@ def convert_state_dict(network: nn.Module, state: Mapping[str, Tensor]) -> dict[
     Raises:
         UserError: a tensor is missing, left over or of another shape; the message names the first.
     """
-    theirs = _plain_names(state)
-    expected = network.state_dict()
-    converted: dict[str, Tensor] = {}
-    for target, sources, convert in _unet_rules(network) if isinstance(network, UNet) else refinenet_rules(network):
-        tensors = [_take(theirs, source) for source in sources]
-        if target is None:
-            continue
-        try:
-            converted[target] = convert(*tensors)
-        except (RuntimeError, IndexError):
-            converted[target] = tensors[0]
-        if converted[target].shape != expected[target].shape:
-            raise UserError(
-                f"{sources[0]} of the checkpoint has shape {tuple(tensors[0].shape)}, which does not fit "
-                f"{target} of shape {tuple(expected[target].shape)}: the configuration is not the checkpoint's"
-            )
-    if theirs:
-        raise UserError(
-            f"{next(iter(theirs))} of the checkpoint has no place in the network: the configuration is not its own"
-        )
-    for name in expected:
-        if name not in converted:
-            raise UserError(f"the checkpoint has nothing for {name}: make the network with network_from_config")
-    return converted
+    rules = _unet_rules(network) if isinstance(network, UNet) else refinenet_rules(network)
+    return apply_rules(rules, _plain_names(state), network.state_dict())
 
 
 def ema_state_dict(network: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -303,12 +281,6 @@ def _unet_rules(network: UNet) -> Iterator[Rule]:
         for target, sources, convert in rules:
             full = None if target is None else f"{prefixes[id(module)]}.{target}"
             yield Rule(full, tuple(f"all_modules.{index}.{source}" for source in sources), convert)
-
-
-def _take(theirs: dict[str, Tensor], name: str) -> Tensor:
-    if name not in theirs:
-        raise UserError(f"the checkpoint has no {name}: the configuration is not the checkpoint's")
-    return theirs.pop(name)
 
 
 def _plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
