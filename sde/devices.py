@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import torch
+from torch import nn
 
 from sde.errors import UserError, check_choice
 
@@ -51,10 +52,30 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
     On a CPU that has no units for bfloat16, where it would be slower and less accurate, "bf16" is float32.
     """
+    dtype = _dtype(device, precision)
+    return contextlib.nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+def computes_in(device: torch.device, precision: str) -> str:
+    """What `autocast` makes of `precision` on this device, in words."""
+    dtype = _dtype(device, precision)
+    if dtype is not PRECISIONS[precision]:
+        return "float32 (faster than bfloat16 on this CPU)"
+    return "float32" if dtype is torch.float32 else "bfloat16"
+
+
+def cast_weights(network: nn.Module, device: torch.device, precision: str) -> None:
+    """Cast once, for sampling, the weights that `autocast` would cast in every evaluation."""
+    dtype = _dtype(device, precision)
+    for module in network.modules():
+        if dtype is not torch.float32 and isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
+            module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
+
+
+def _dtype(device: torch.device, precision: str) -> torch.dtype:
     check_choice("precision", precision, PRECISIONS)
-    if precision == "fp32" or (device.type == "cpu" and not multiplies_bfloat16()):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=PRECISIONS[precision])
+    slow = device.type == "cpu" and not multiplies_bfloat16()
+    return torch.float32 if slow else PRECISIONS[precision]
 
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of malloc.h

@@ -14,8 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from sde.cli import RESUMABLE, Interrupted, argument, choices, output_dir, run_command, task_overrides
 from sde.config import build
 from sde.data import DataInfo, Dataset, measure_sigma_data
-from sde.devices import pick_device
+from sde.devices import computes_in, keep_memory, pick_device
 from sde.errors import UserError, check_flag
+from sde.models.summary import summarize
 from sde.pictures import save_grid, save_scatter
 from sde.runs import Run, build_denoiser, find_run
 from sde.sampling import Plan, draw, make_times
@@ -64,6 +65,7 @@ def train(config: dict[str, Any]) -> None:
     check_flag("conditional", config["conditional"])
     check_flag("ema.warmup", config["ema"]["warmup"])
     device = pick_device(options.device, "training.device")
+    keep_memory(device)
     dataset: Dataset = build(config["data"], "data")
     measure_auto(config, dataset)
     if isinstance(config["preview_solver"], str):
@@ -155,13 +157,16 @@ def measure_auto(config: dict[str, Any], dataset: Dataset) -> None:
 
 
 def announce(run: Run, trainer: Trainer, dataset: Dataset) -> None:
-    """Say what is about to happen, in three lines."""
-    parameters = sum(p.numel() for p in trainer.parameters)
-    info = dataset.info
+    """Say what is about to happen, in four lines."""
+    info, network, options = dataset.info, trainer.denoiser.network, trainer.options
+    costs, examples = summarize(network), options.batch_size // options.accumulation
+    memory = costs.training_memory(examples) / 2**30
     classes = f", {info.num_classes} classes" if info.num_classes else ""
     print(f"data      {info.name}: {len(trainer.batches.split)} examples of shape {tuple(info.shape)}{classes}")
+    print(f"model     {type(network).__name__}, {costs}")
+    precision = computes_in(trainer.device, options.precision)
     print(
-        f"model     {type(trainer.denoiser.network).__name__}, {parameters / 1e6:.2f} M parameters, on {trainer.device}"
+        f"device    {trainer.device}, {precision}, about {memory:.2g} GiB for {examples} examples at a time in float32"
     )
     print(f"run       {run.path}" + (f", going on from step {trainer.step}" if trainer.step else ""), flush=True)
 

@@ -328,7 +328,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if multiplies_bfloat16():
             return _plain(x, weight, bias)
         with torch.autocast("cpu", enabled=False):
-            y = conv3x3(x.float(), weight, None if bias is None else bias.float())
+            y = conv3x3(x.float(), weight.float(), None if bias is None else bias.float())
         return y.to(torch.get_autocast_dtype("cpu"))
     return WinogradConvolution.apply(x, weight, bias) if suits(x, weight) else _plain(x, weight, bias)
 

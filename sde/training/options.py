@@ -22,7 +22,7 @@ class TrainingOptions:
         accumulation: parts in which a batch goes through the network, to save memory.
         seed: of everything random.
         device: auto, cpu, cuda or cuda:0, ...
-        precision: fp32, or bf16 for the network (the loss stays float32).
+        precision: fp32, or bf16 for the network where the device has units for it (the loss stays float32).
         compile: compile the network with torch.compile.
         clip: largest norm of the gradient; 0 does not clip.
         warmup: steps over which the learning rate rises from 0.
