@@ -96,10 +96,10 @@ def chain_log_levels(chain: BetaChain) -> Tensor:
 class BetaChain(Parameterization):
     r"""Networks trained on a chain with a table of betas, asked at the place whose noise level is that of time t.
 
-    The label i(t) solves sigma_i / alpha_i = sigma(t) / alpha(t), with alpha_i^2 = (1 - beta_0) ... (1 - beta_i). At the
-    levels of the chain it is a whole number and the output is just what the network was trained to give; in between
-    it is interpolated in the logarithm of the noise level, or rounded. Below the lowest level and above the highest
-    it stays. The SDE is any variance-preserving one (`vp`, `cosine`); how its noise level depends on t is free.
+    The label i(t) solves sigma_i / alpha_i = sigma(t) / alpha(t), with alpha_i^2 = (1 - beta_0) ... (1 - beta_i). At
+    the levels of the chain it is a whole number and the output is just what the network was trained to give; in
+    between it is interpolated in the logarithm of the noise level, or rounded. Below the lowest level and above the
+    highest it stays. The SDE is any variance-preserving one (`vp`, `cosine`); how its noise level depends on t is free.
 
     Args:
         schedule: betas from beta_start to beta_end in equal steps ("linear", arXiv 2006.11239), their square roots in
