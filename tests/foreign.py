@@ -33,18 +33,15 @@ class Weights:
         y = x @ self(f"{name}.weight", out, x.shape[-1]).T
         return y + self(f"{name}.bias", out) if bias else y
 
-    def conv(
-        self, name: str, x: Tensor, out: int, size: int = 3, stride: int = 1, padding: int | None = None
-    ) -> Tensor:
-        """A convolution that keeps the size unless told otherwise."""
-        padding = size // 2 if padding is None else padding
+    def conv(self, name: str, x: Tensor, out: int, size: int = 3, stride: int = 1) -> Tensor:
+        """A convolution with a border of zeros that keeps the size."""
         weight, bias = self(f"{name}.weight", out, x.shape[1], size, size), self(f"{name}.bias", out)
-        return F.conv2d(x, weight, bias, stride=stride, padding=padding)
+        return F.conv2d(x, weight, bias, stride=stride, padding=size // 2)
 
     def norm(self, name: str, x: Tensor, groups: int, eps: float) -> Tensor:
         """Group normalization by its definition."""
-        batch, channels, height, width = x.shape
-        parts = x.reshape(batch, groups, -1)
+        channels = x.shape[1]
+        parts = x.reshape(len(x), groups, -1)
         deviation = parts - parts.mean(2, keepdim=True)
         normal = (deviation / (deviation.square().mean(2, keepdim=True) + eps).sqrt()).reshape(x.shape)
         weight, bias = self(f"{name}.weight", channels), self(f"{name}.bias", channels)
