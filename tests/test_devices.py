@@ -47,8 +47,12 @@ def test_weights_that_are_cast_once_give_what_autocast_gives(name: str, monkeypa
     x, noise = inputs(name)
     with torch.no_grad(), autocast(CPU, "bf16"):
         expected, y = model(x, noise), cast(x, noise)
-    folds = name == "ncsnv2"  # its pooling convolutions average their weights, which are rounded before or after
-    assert distance(y, expected) <= (2**-7 if folds else 0)
+    with torch.no_grad():
+        exact = model(x, noise)
+    if name == "ncsnv2":  # its pooling convolutions average their weights, which are rounded before it or after
+        assert distance(y, exact) < 1.5 * distance(expected, exact)
+    else:
+        assert torch.equal(y, expected)
     cast_weights(model, CPU, "fp32")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
