@@ -41,6 +41,8 @@ class ADM(UNet):
         adaptive_norm: the embedding scales and shifts what the second normalization gives, instead of being added.
         attention_up: on the way up, attention after "every" block or the "last" block of a level.
         resample_inside: resample inside residual blocks; otherwise between them, by learned convolutions.
+        pad_around: of those on the way down, zeros on all four sides, as guided-diffusion has them, instead of below
+            and to the right.
         norm_eps: what group normalization adds to the variance.
         lowest_frequency: whether the features of time reach down to 1e-4 rad, or stop one step before as the original.
         centered: whether data is in [-1, 1]; otherwise it is in [0, 1] and the network maps x to 2x - 1.
@@ -66,6 +68,7 @@ class ADM(UNet):
         adaptive_norm: bool = True,
         attention_up: str = "every",
         resample_inside: bool = True,
+        pad_around: bool = False,
         norm_eps: float = 1e-5,
         lowest_frequency: bool = False,
         centered: bool = True,
@@ -82,6 +85,7 @@ class ADM(UNet):
             adaptive_norm=adaptive_norm,
             attention_up=attention_up,
             block="biggan" if resample_inside else "ddpm",
+            pad_around=pad_around,
             project_resampled=False,
             groups="thirty_two",
             norm_eps=norm_eps,

@@ -59,7 +59,12 @@ class Parts:
         """From one level to the one below."""
         settings = self.settings
         if settings.block == "ddpm":
-            return downsample(channels, with_conv=settings.resample_with_conv, fir_kernel=settings.fir_kernel)
+            return downsample(
+                channels,
+                with_conv=settings.resample_with_conv,
+                fir_kernel=settings.fir_kernel,
+                pad_around=settings.pad_around,
+            )
         return self.block(channels, channels, downsample(channels, with_conv=False, fir_kernel=settings.fir_kernel))
 
     def up(self, channels: int) -> nn.Module:

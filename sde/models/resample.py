@@ -89,15 +89,22 @@ class FIRUpsample(nn.Module):
 
 
 class ConvDownsample(nn.Module):
-    """Half as large: a 3x3 convolution of stride 2, with a row of zeros below and a column to the right."""
+    """Half as large: a 3x3 convolution of stride 2, with a row of zeros below and a column to the right.
 
-    def __init__(self, channels: int, out_channels: int) -> None:
+    Args:
+        channels: of the input.
+        out_channels: of the output.
+        pad_around: zeros on all four sides instead.
+    """
+
+    def __init__(self, channels: int, out_channels: int, *, pad_around: bool = False) -> None:
         super().__init__()
-        self.conv = conv(channels, out_channels, stride=2, padding=0)
+        self.pad_around = pad_around
+        self.conv = conv(channels, out_channels, stride=2, padding=1 if pad_around else 0)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, H, W) to (B, out_channels, H/2, W/2)."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(x if self.pad_around else F.pad(x, (0, 1, 0, 1)))
 
 
 class ConvUpsample(nn.Module):
@@ -148,7 +155,12 @@ class FIRConvUpsample(nn.Module):
 
 
 def downsample(
-    channels: int, out_channels: int | None = None, *, with_conv: bool, fir_kernel: Sequence[float] | None
+    channels: int,
+    out_channels: int | None = None,
+    *,
+    with_conv: bool,
+    fir_kernel: Sequence[float] | None,
+    pad_around: bool = False,
 ) -> nn.Module:
     """A module from (B, channels, H, W) to (B, out_channels, H/2, W/2).
 
@@ -157,11 +169,12 @@ def downsample(
         out_channels: of the output; None for `channels`, the only choice without a convolution.
         with_conv: whether a learned 3x3 convolution takes part.
         fir_kernel: taps of the filter along either axis; None for the plain kind.
+        pad_around: whether the plain convolution has zeros on all four sides, not two.
     """
     if with_conv:
         out_channels = out_channels or channels
         if fir_kernel is None:
-            return ConvDownsample(channels, out_channels)
+            return ConvDownsample(channels, out_channels, pad_around=pad_around)
         return FIRConvDownsample(channels, out_channels, fir_kernel)
     assert out_channels in (None, channels)
     if fir_kernel is None:

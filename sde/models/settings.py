@@ -30,6 +30,8 @@ class UNetSettings:
         init_scale: initialization scale of the last layer of each residual and attention block and of the output.
         fir_kernel: taps of the resampling filter along either axis; None averages and repeats pixels instead.
         resample_with_conv: whether resampling between blocks has a learned convolution (block "ddpm").
+        pad_around: whether that convolution, on the way down, has zeros on all four sides instead of below and to the
+            right.
         project_resampled: whether the shortcut of a block that resamples has a 1x1 convolution (block "biggan").
         norm_eps: what group normalization adds to the variance.
         adaptive_norm: whether the embedding scales and shifts instead of being added (arXiv 2105.05233, section 3.1).
@@ -62,6 +64,7 @@ class UNetSettings:
     init_scale: float = 0.0
     fir_kernel: Sequence[float] | None = None
     resample_with_conv: bool = True
+    pad_around: bool = False
     project_resampled: bool = True
     norm_eps: float = 1e-6
     adaptive_norm: bool = False
