@@ -184,10 +184,8 @@ def config(kind: str, precond: str = "EDMPrecond", **changes: Any) -> dict[str, 
     """Arguments of a small network."""
     arguments: dict[str, Any] = {"class_name": precond, "img_resolution": 8, "img_channels": 3, "model_type": kind}
     arguments |= {"label_dim": 0, "num_blocks": 1, "attn_resolutions": [4], "dropout": 0.1, "augment_dim": 9}
-    arguments |= {
-        "model_channels": 8 if kind == "SongUNet" else 128,
-        "channel_mult": [1, 2 if kind == "SongUNet" else 1],
-    }
+    song = kind == "SongUNet"  # the other has heads of 64 channels
+    arguments |= {"model_channels": 8 if song else 128, "channel_mult": [1, 2 if song else 1]}
     arguments |= {
         "EDMPrecond": {"sigma_data": 0.6},
         "VPPrecond": {"beta_d": 17.0, "beta_min": 0.2},
