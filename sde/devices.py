@@ -13,6 +13,7 @@ from torch import nn
 from sde.errors import UserError, check_choice
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+COMPILE = (False, True, "auto", "graphs")
 
 
 def pick_device(name: str, option: str = "device") -> torch.device:
@@ -76,6 +77,25 @@ def _dtype(device: torch.device, precision: str) -> torch.dtype:
     check_choice("precision", precision, PRECISIONS)
     slow = device.type == "cpu" and not multiplies_bfloat16()
     return torch.float32 if slow else PRECISIONS[precision]
+
+
+def compile_network(network: nn.Module, device: torch.device, how: bool | str) -> None:
+    """Compile a network in place with torch.compile, as one of `COMPILE` says.
+
+    On a CPU compiling costs minutes and makes U-Nets slower: a compiled graph lacks the faster convolutions of
+    `sde/models/winograd.py`. So "auto" and "graphs" leave a network on a CPU as it is.
+
+    Args:
+        network: on its device.
+        device: where it is.
+        how: False: not at all. True: in PyTorch's default mode. "auto": the same, on a GPU. "graphs": on a GPU, with
+            measured kernels and CUDA graphs ("max-autotune"), which takes longer to compile and more memory.
+    """
+    check_choice("compile", str(how).lower(), [str(choice).lower() for choice in COMPILE])
+    if how is True or (how == "auto" and device.type == "cuda"):
+        network.compile()
+    elif how == "graphs" and device.type == "cuda":
+        network.compile(mode="max-autotune")
 
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of malloc.h

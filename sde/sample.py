@@ -17,7 +17,7 @@ from sde.cli import choices, run_command
 from sde.config import build
 from sde.data import DataInfo
 from sde.denoiser import Denoiser
-from sde.devices import PRECISIONS, autocast, cast_weights, keep_memory, pick_device
+from sde.devices import PRECISIONS, autocast, cast_weights, compile_network, keep_memory, pick_device
 from sde.errors import UserError, check_choice, check_flag, check_number
 from sde.files import atomic_write, write_json
 from sde.grids import Grid
@@ -59,6 +59,7 @@ def sample(config: dict[str, Any]) -> None:
     if len(info.shape) == 3:
         denoiser.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     cast_weights(denoiser.network, device, config["precision"])
+    compile_network(denoiser.network, device, config["compile"])
     plan = Plan(solver, make_times(solver, denoiser, grid, config["steps"]), info.shape, config["seed"], device)
     labels = class_labels(config["label"], config["n"], denoiser, info)
     folder = output_folder(run, config, solver, plan)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from sde.cli import RESUMABLE, Interrupted, argument, choices, output_dir, run_command, task_overrides
 from sde.config import build
 from sde.data import DataInfo, Dataset, measure_sigma_data
-from sde.devices import computes_in, keep_memory, pick_device
+from sde.devices import compile_network, computes_in, keep_memory, pick_device
 from sde.errors import UserError, check_flag
 from sde.models.summary import summarize
 from sde.pictures import save_grid, save_scatter
@@ -90,8 +90,7 @@ def train(config: dict[str, Any]) -> None:
     plan = Plan(solver, times, dataset.info.shape, options.seed, device)
     validation = Validation(dataset, options, device, labeled)
     logger: Logger = build(config["logger"], "logger")
-    if options.compile:
-        denoiser.network.compile()
+    compile_network(denoiser.network, device, options.compile)
     with run.locked():
         run.write_beginning(config, dataset.info, device)
         announce(run, trainer, dataset)

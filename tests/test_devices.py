@@ -5,16 +5,18 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 from sde import devices
-from sde.devices import autocast, cast_weights, computes_in, keep_memory, pick_device
+from sde.devices import autocast, cast_weights, compile_network, computes_in, keep_memory, pick_device
 from sde.errors import UserError
 from sde.models import winograd
 from sde.models.recompute import recompute
+from sde.training.options import TrainingOptions
 from tests.small_models import build, distance, inputs
 
 CPU = torch.device("cpu")
@@ -63,6 +65,27 @@ def test_memory_is_kept_on_a_cpu_with_glibc() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(platform.libc_ver()[0] == "glibc")
     assert not keep_memory(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("how", "device", "expected"),
+    [
+        (False, "cpu", None), (False, "cuda", None), (True, "cpu", {}), (True, "cuda", {}),
+        ("auto", "cpu", None), ("auto", "cuda", {}),
+        ("graphs", "cpu", None), ("graphs", "cuda", {"mode": "max-autotune"}),
+    ],
+)  # fmt: skip
+def test_when_networks_are_compiled(how: bool | str, device: str, expected: dict[str, str] | None) -> None:
+    network = mock.Mock()
+    compile_network(network, torch.device(device), how)
+    assert network.compile.call_args_list == ([] if expected is None else [mock.call(**expected)])
+
+
+def test_unknown_ways_to_compile() -> None:
+    with pytest.raises(UserError, match="compile='max' is not one of false, true, auto, graphs"):
+        compile_network(nn.Linear(1, 1), CPU, "max")
+    with pytest.raises(UserError, match=r"training\.compile='max' is not one of auto, graphs"):
+        TrainingOptions(compile="max")
 
 
 def test_unknown_devices() -> None:

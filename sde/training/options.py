@@ -23,7 +23,8 @@ class TrainingOptions:
         seed: of everything random.
         device: auto, cpu, cuda or cuda:0, ...
         precision: fp32, or bf16 for the network where the device has units for it (the loss stays float32).
-        compile: compile the network with torch.compile.
+        compile: compile the network with torch.compile: False, True, "auto" (on a GPU) or "graphs" (on a GPU, with CUDA
+            graphs).
         clip: largest norm of the gradient; 0 does not clip.
         warmup: steps over which the learning rate rises from 0.
         log_every: steps between lines of the log.
@@ -41,7 +42,7 @@ class TrainingOptions:
     seed: int = 0
     device: str = "auto"
     precision: str = "fp32"
-    compile: bool = False
+    compile: bool | str = False
     clip: float = 1.0
     warmup: int = 1000
     log_every: int = 50
@@ -70,6 +71,8 @@ class TrainingOptions:
             check_number(f"training.{name}", getattr(self, name), at_least=least)
         check_number("training.clip", self.clip, at_least=0)
         check_choice("training.precision", self.precision, PRECISIONS)
+        if not isinstance(self.compile, bool):
+            check_choice("training.compile", self.compile, ("auto", "graphs"))
         if self.batch_size % self.accumulation:
             raise UserError(
                 f"training.accumulation={self.accumulation} does not divide training.batch_size={self.batch_size}: "
