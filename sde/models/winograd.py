@@ -36,7 +36,7 @@ from sde.devices import multiplies_bfloat16
 TILE, KERNEL = 4, 3  # pixels of the output that a tile gives, taps of the kernel, along either axis
 WINDOW = TILE + KERNEL - 1
 POINTS = (0.0, 5 / 8, -5 / 8, 3 / 2, -3 / 2)
-PORTION = 2**21  # numbers in the transformed tiles of a portion
+PORTION = 5 * 2**19  # numbers in the transformed tiles of a portion
 
 # Below these a plain convolution is faster, as measured on two cores with AVX-512.
 LEAST_CHANNELS = 96
@@ -75,10 +75,16 @@ def transforms(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 def portions(batch: int, rows: int, numbers: int) -> Iterator[tuple[slice, slice]]:
     """Images and rows of tiles to work on at a time, where a row of tiles has `numbers` numbers after its transform."""
     fitting = max(1, PORTION // numbers)
-    images, rows_at_once = max(1, fitting // rows), min(rows, fitting)
+    images = _even(batch, max(1, fitting // rows))
+    rows_at_once = _even(rows, min(rows, fitting))
     for i in range(0, batch, images):
         for r in range(0, rows, rows_at_once):
             yield slice(i, min(i + images, batch)), slice(r, min(r + rows_at_once, rows))
+
+
+def _even(count: int, most: int) -> int:
+    """The size of as few and as equal portions of `count` as there are with at most `most` in each."""
+    return -(-count // -(-count // most))
 
 
 class Workspace(threading.local):
