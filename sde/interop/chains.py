@@ -19,7 +19,7 @@ from torch import Tensor
 from sde.broadcast import Time, as_tensor
 from sde.errors import UserError, check_choice, check_number
 from sde.parameterizations import X0, Eps, Parameterization, Row, V, register
-from sde.processes import SDE
+from sde.processes import SDE, VP, Cosine
 
 
 @lru_cache(maxsize=8)
@@ -166,3 +166,13 @@ class BetaChain(Parameterization):
 
 
 _TARGETS: dict[str, Parameterization] = {"eps": Eps(), "x0": X0(), "v": V()}
+
+
+def process_of(chain: BetaChain) -> SDE:
+    """A process that runs through the noise levels of `chain`, at about the pace of its steps."""
+    if chain.schedule == "cosine":
+        return Cosine(s=chain.s)
+    first, last = chain.n * chain.beta_start, chain.n * chain.beta_end
+    if chain.schedule == "scaled_linear":  # the rate is not linear in t: as much noise in all
+        last = 2 * math.log1p(math.exp(2 * float(chain_log_levels(chain)[-1]))) - first
+    return VP(beta_min=first, beta_max=last)
