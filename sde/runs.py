@@ -33,6 +33,7 @@ from sde.data import DataInfo
 from sde.denoiser import Denoiser
 from sde.errors import UserError
 from sde.files import write_json, write_text
+from sde.interop.folders import is_exported, read_folder
 from sde.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, load_newest
 
 try:
@@ -133,10 +134,14 @@ def find_run(path: str | int | None, root: Path = RUNS) -> Run:
 def open_checkpoint(run: Run, which: str | int) -> Checkpoint:
     """The checkpoint `which` of a run: "latest", a step, or the path of a file.
 
+    The folder of an exported model (`sde.interop.export`) has one, which is its latest.
+
     Raises:
         UserError: when there is none, or the one asked for by name is damaged. A damaged newest one is passed over,
             which is said on standard error.
     """
+    if which == "latest" and is_exported(run.path):
+        return read_folder(run.path)
     if which == "latest":
         return load_newest(run.checkpoints)
     if str(which).isdigit():
@@ -169,10 +174,13 @@ def restore_denoiser(checkpoint: Checkpoint, *, ema: bool = True) -> tuple[Denoi
     Raises:
         UserError: when the weights do not fit the network that the configuration describes.
     """
+    which = "ema" if ema else "model"
+    if which not in checkpoint.content:
+        raise UserError(f"{checkpoint.path} has averaged weights alone: use ema=true")
     info = DataInfo.from_dict(checkpoint.content["data"])
     denoiser = build_denoiser(checkpoint.content["config"], info)
     try:
-        denoiser.network.load_state_dict(checkpoint.content["ema" if ema else "model"])
+        denoiser.network.load_state_dict(checkpoint.content[which])
     except (RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{checkpoint.path} does not fit its own configuration ({reason}): take another one") from error

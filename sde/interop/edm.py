@@ -130,17 +130,15 @@ def describe(config: Mapping[str, Any]) -> Description:
 
 def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments with the defaults of their classes, lists as tuples."""
-    name = config.get("class_name")
-    check_choice("class_name of the configuration", str(name).rsplit(".", 1)[-1], PRECONDS)
-    full = {"class_name": str(name).rsplit(".", 1)[-1]}
-    full |= _COMMON | PRECONDS[full["class_name"]]
-    networks = ["UNet"] if full["class_name"] == "Precond" else ["SongUNet", "DhariwalUNet"]
-    full["model_type"] = config.get("model_type", full["model_type"])
-    check_choice("model_type of the configuration", full["model_type"], networks)
-    full |= NETWORKS[full["model_type"]]
-    check_known(config, full, f"{full['class_name']} with a {full['model_type']}")
+    name = str(config.get("class_name")).rsplit(".", 1)[-1]
+    check_choice("class_name of the configuration", name, PRECONDS)
+    networks = ["UNet"] if name == "Precond" else ["SongUNet", "DhariwalUNet"]
+    network = config.get("model_type", PRECONDS[name]["model_type"])
+    check_choice("model_type of the configuration", network, networks)
+    full: dict[str, Any] = {"class_name": name, **_COMMON, **PRECONDS[name], **NETWORKS[network]}
+    check_known(config, full, f"{name} with a {network}")
     full |= {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
-    full["class_name"] = str(name).rsplit(".", 1)[-1]
+    full["class_name"] = name
     for key in ("img_resolution", "img_channels"):
         if full[key] is None:
             raise UserError(f"the configuration has no {key}: give the one that the network was made with")
