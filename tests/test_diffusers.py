@@ -18,7 +18,7 @@ from torch import Tensor
 from sde.errors import UserError
 from sde.interop.chains import BetaChain, chain_log_levels
 from sde.interop.diffusers import convert, describe, load
-from sde.processes import VP, Cosine
+from sde.processes import VE, VP, Cosine
 from tests.commands import command
 from tests.foreign import Layout, PlainUNet, Weights, distance, sinusoids
 
@@ -153,6 +153,62 @@ def test_diffusers_itself(name: str) -> None:
             assert distance(network(x, t, label), theirs(x, t, class_labels=label).sample) < tolerance
 
 
+NCSNPP = BASE | {
+    "block_out_channels": [64, 128],
+    "sample_size": 16,
+    "down_block_types": ["SkipDownBlock2D", "AttnSkipDownBlock2D"],
+    "up_block_types": ["AttnSkipUpBlock2D", "SkipUpBlock2D"],
+    "time_embedding_type": "fourier",
+    "center_input_sample": True,
+    "attention_head_dim": None,
+    "norm_num_groups": None,
+    "norm_eps": 1e-6,
+    "mid_block_scale_factor": 1.41421356237,
+}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_ncsnpp_of_diffusers_itself(count: int) -> None:
+    """The score of NCSN++, at sigma = 0.02 and 300; theirs divides the middle by a square root of 12 digits."""
+    diffusers = pytest.importorskip("diffusers")
+    config = NCSNPP | {"layers_per_block": count}
+    torch.manual_seed(0)
+    theirs = diffusers.UNet2DModel(**{k: v for k, v in config.items() if k[0] != "_"}).double().eval()
+    stored = json.loads(theirs.to_json_string())
+    for name, parameter in theirs.named_parameters():
+        torch.nn.init.normal_(parameter, std=16.0 if "time_proj" in name else 0.05)
+    description = describe(stored, {"_class_name": "ScoreSdeVeScheduler", "sigma_max": 348})
+    assert description.sde == VE(sigma_min=0.01, sigma_max=348)
+    network = description.network().double()
+    network.load_state_dict(convert(network, theirs.state_dict(), stored))
+    denoiser = description.denoiser(network)
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    sigma = torch.tensor([0.02, 300.0], dtype=torch.float64)
+    with torch.no_grad():
+        expected = theirs(x, sigma).sample
+        assert distance(denoiser.score(x, denoiser.sde.t_of_noise_level(sigma)), expected) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"mid_block_scale_factor": 1}, "mid_block_scale_factor=1 .* only the square root of 2 can"),
+        ({"norm_num_groups": 32}, "norm_num_groups=32 .* only None can"),
+        ({"attention_head_dim": 8}, "attention_head_dim=8 .* only None can"),
+        ({"up_block_types": ["UpBlock2D"] * 2}, "up_block_types of the configuration='UpBlock2D' is not one of Skip"),
+        ({"up_block_types": ["SkipUpBlock2D"] * 2}, "attention must be at the levels of down_block_types"),
+    ],
+)
+def test_ncsnpp_that_cannot_be_followed(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        describe(NCSNPP | changes)
+    with pytest.raises(UserError, match="scheduler of blocks with skips='DDPMScheduler'"):
+        describe(NCSNPP, {"_class_name": "DDPMScheduler"})
+    small = NCSNPP | {"block_out_channels": [32, 64]}
+    with pytest.raises(UserError, match="channels are normalized in 32 groups there"):
+        convert(describe(small).network(), {}, small)
+
+
 def test_schedulers() -> None:
     """Betas, target and process; what a scheduler says of sampling plays no part."""
     linear = describe(BASE, {"_class_name": "DDIMScheduler", "clip_sample": True, "steps_offset": 1})
@@ -218,7 +274,7 @@ def test_a_run_from_the_command_line(pipeline: bool, tmp_path: Path) -> None:
         ({"freq_shift": 2}, "freq_shift of the configuration='2' is not one of 0, 1"),
         ({"downsample_padding": 2}, "downsample_padding of the configuration='2' is not one of 0, 1"),
         ({"block_out_channels": [32, 80]}, r"block_out_channels=\[32, 80\] of the configuration cannot be followed"),
-        ({"down_block_types": ["SkipDownBlock2D"] * 2}, "down_block_types of the configuration='SkipDownBlock2D'"),
+        ({"down_block_types": ["CrossAttnDownBlock2D"] * 2}, "down_block_types of the configuration='CrossAttnDown"),
         ({"up_block_types": ["UpBlock2D"] * 2}, "attention must be at the levels of down_block_types"),
         ({"up_block_types": ["AttnUpBlock2D", "ResnetUpsampleBlock2D"], "upsample_type": "resnet"}, "conv and resnet"),
         ({"resnet_time_scale_shift": "scale_shift"}, "attn_norm_num_groups=None with scale_shift cannot be followed"),

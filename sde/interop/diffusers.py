@@ -9,7 +9,8 @@ network was trained; without one it is DDPM's, for the noise. The networks know 
 `sde.interop.chains.BetaChain`.
 
 The U-Net is our `ddpm`, or `adm` where it has several heads, scale and shift, resampling inside of blocks or zeros all
-around. Every option that makes another function is refused with its name.
+around; with skips it is `ncsnpp` (`sde.interop.diffusers_ncsnpp`). Every option that makes another function is refused
+with its name.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sde.cli import output_dir, run_command
@@ -27,10 +27,16 @@ from sde.data import DataInfo
 from sde.denoiser import Denoiser
 from sde.errors import UserError, check_choice
 from sde.interop.chains import BetaChain, process_of
+from sde.interop.diffusers_ncsnpp import (
+    attention_rules,
+    block_rules,
+    convert_ncsnpp,
+    describe_ncsnpp,
+    is_ncsnpp,
+)
 from sde.interop.rules import Rule, apply_rules, pair
 from sde.interop.runs import Description, write_run
 from sde.interop.unets import (
-    as_conv1x1,
     check_fixed,
     check_groups,
     check_known,
@@ -123,25 +129,18 @@ def describe(config: Mapping[str, Any], scheduler: Mapping[str, Any] | None = No
     Raises:
         UserError: an option is unknown, missing, or makes another function than can be followed.
     """
-    options, chain = _with_defaults(config), _chain(scheduler or {})
+    options, scheduler = _with_defaults(config), scheduler or {}
     size = options["sample_size"]
     size = (size, size) if isinstance(size, int) else size
     if size is None or len(size) != 2:
         raise UserError(f"sample_size={size!r} of the configuration cannot be followed: give height and width")
     check_fixed(
         options,
-        {
-            "time_embedding_type": "positional",
-            "mid_block_type": "UNetMidBlock2D",
-            "mid_block_scale_factor": 1,
-            "add_attention": True,
-            "class_embed_type": None,
-        },
+        {"mid_block_type": "UNetMidBlock2D", "add_attention": True, "class_embed_type": None},
     )
     check_choice("act_fn of the configuration", options["act_fn"], ("silu", "swish"))
     if options["time_embedding_dim"] is not None:
         check_fixed(options, {"time_embedding_dim": 4 * options["block_out_channels"][0]})
-    _check_outputs(options, (scheduler or {}).get("variance_type"))
     info = DataInfo(
         name="diffusers",
         shape=(options["in_channels"], *size),
@@ -149,6 +148,11 @@ def describe(config: Mapping[str, Any], scheduler: Mapping[str, Any] | None = No
         kind="pixels" if options["in_channels"] in (1, 3) else "vectors",
         low=0.0 if options["center_input_sample"] else -1.0,
     )
+    if is_ncsnpp(options):
+        return describe_ncsnpp(options, scheduler, info)
+    check_fixed(options, {"time_embedding_type": "positional", "mid_block_scale_factor": 1})
+    _check_outputs(options, scheduler.get("variance_type"))
+    chain = _chain(scheduler)
     return Description(*_model(options, max(size)), process_of(chain), chain, info)
 
 
@@ -262,18 +266,20 @@ def convert(network: nn.Module, state: Mapping[str, Tensor], config: Mapping[str
     """
     assert isinstance(network, UNet)
     options = _with_defaults(config)
+    theirs = {_new_name(name): tensor for name, tensor in state.items()}
+    if is_ncsnpp(options):
+        return convert_ncsnpp(network, theirs)
     check_groups(network, lambda _: int(options["norm_num_groups"]))
     kinds = {
         ConditionEmbedding: lambda layer: _embedding(layer, options["flip_sin_to_cos"]),
         Conv3x3: lambda _: pair("", ""),
-        ResidualBlock: _block,
-        SelfAttention: _attention,
+        ResidualBlock: block_rules,
+        SelfAttention: attention_rules,
         ConvDownsample: lambda _: pair("conv", "conv"),
         ConvUpsample: lambda _: pair("conv", "conv"),
         Head: lambda _: pair("norm", "norm_out") + _last_layer(network.shape[0]),
     }
-    rules = unet_rules(network, _places(network), kinds)
-    return apply_rules(rules, {_new_name(name): tensor for name, tensor in state.items()}, network.state_dict())
+    return apply_rules(unet_rules(network, _places(network), kinds), theirs, network.state_dict())
 
 
 def _new_name(name: str) -> str:
@@ -306,25 +312,6 @@ def _embedding(embedding: ConditionEmbedding, flipped: bool) -> list[Rule]:
     if embedding.classes is not None:
         rules.append(Rule("classes.vectors.weight", ("class_embedding.weight",), with_null_row))
     return rules
-
-
-def _block(block: ResidualBlock) -> list[Rule]:
-    rules = pair("norm_1", "norm1") + pair("conv_1", "conv1") + pair("condition", "time_emb_proj")
-    rules += pair("norm_2", "norm2") + pair("conv_2", "conv2")
-    return rules + (pair("shortcut", "conv_shortcut") if block.shortcut is not None else [])
-
-
-def _attention(_attention: SelfAttention) -> list[Rule]:
-    def stacked(*tensors: Tensor) -> Tensor:
-        return as_conv1x1(torch.cat(tensors))
-
-    parts = ("to_q", "to_k", "to_v")
-    projected = [
-        Rule(f"query_key_value.{kind}", tuple(f"{part}.{kind}" for part in parts), stacked)
-        for kind in ("weight", "bias")
-    ]
-    output = [rule._replace(convert=as_conv1x1) for rule in pair("output", "to_out.0")]
-    return pair("norm", "group_norm") + projected + output
 
 
 def _last_layer(channels: int) -> list[Rule]:
