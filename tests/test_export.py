@@ -138,7 +138,7 @@ class TokenError(OSError):
     """There is no token."""
 
 
-class NameError_(ValueError):
+class InvalidName(ValueError):
     """Not the name of a repository."""
 
 
@@ -152,7 +152,7 @@ class Hub:
         module, errors = ModuleType("huggingface_hub"), ModuleType("huggingface_hub.errors")
         errors.LocalTokenNotFoundError = TokenError  # type: ignore[attr-defined]
         errors.HfHubHTTPError = HubError  # type: ignore[attr-defined]
-        errors.HFValidationError = NameError_  # type: ignore[attr-defined]
+        errors.HFValidationError = InvalidName  # type: ignore[attr-defined]
         module.errors = errors  # type: ignore[attr-defined]
         module.HfApi = lambda: self  # type: ignore[attr-defined]
         module.snapshot_download = self.snapshot_download  # type: ignore[attr-defined]
@@ -217,7 +217,7 @@ class ConnectTimeout(TimeoutError):
         (HubError(403), "the hub does not let this token change me/moons"),
         (HubError(404), "the hub has no me/moons or not this revision"),
         (HubError(500), r"the hub refused \(status 500\): try later"),
-        (NameError_("bad name"), r"repo=me/moons is not the name of a repository \(bad name\)"),
+        (InvalidName("bad name"), r"repo=me/moons is not the name of a repository \(bad name\)"),
         (ConnectTimeout("no route"), r"the hub cannot be reached \(no route\): check the network"),
         (ConnectionError("offline"), r"the hub cannot be reached \(offline\)"),
     ],
