@@ -24,7 +24,7 @@ import math
 import threading
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,44 +121,23 @@ def windows_of(x: Tensor) -> Tensor:
 def add_windows(tiles: Tensor, windows: Tensor, images: slice, rows: slice) -> None:
     """The adjoint of `windows_of` for a portion: add `windows` (6, 6, B, R, W / 4, C) to the `tiles` of all pictures.
 
-    A window is a tile of the picture with one pixel of its neighbors all around. The tiles of the first portion of a
-    picture may be uninitialized if it is the only one, that is, if `rows` are all rows.
+    A window is a tile and one pixel of its neighbors all around. These pixels are handed to the neighbors' windows,
+    first sideways, then up and down, and what is within tiles then is the sum. `windows` are used up. The tiles may be
+    uninitialized if `rows` are all rows.
     """
-    alone = rows.stop - rows.start == tiles.shape[3]
-    last = tiles.shape[3] - 1, tiles.shape[4] - 1
-    for i, own_rows in _neighbors(rows.start, rows.stop, last[0]):
-        for j, own_columns in _neighbors(0, tiles.shape[4], last[1]):
-            part = windows[i.window, j.window, :, own_rows, own_columns]
-            here = slice(own_rows.start + rows.start + i.shift, own_rows.stop + rows.start + i.shift)
-            there = slice(own_columns.start + j.shift, own_columns.stop + j.shift)
-            target = tiles[i.tile, j.tile, images, here, there]
-            if alone and i.shift == j.shift == 0:
-                target.copy_(part)
-            else:
-                target += part
-
-
-class _Strip(NamedTuple):
-    """Which pixels of a window belong to which pixels of the tile `shift` further."""
-
-    window: slice
-    tile: slice
-    shift: int
-
-
-_STRIPS = (
-    _Strip(slice(1, 5), slice(0, 4), 0),
-    _Strip(slice(0, 1), slice(3, 4), -1),
-    _Strip(slice(5, 6), slice(0, 1), 1),
-)
-
-
-def _neighbors(start: int, stop: int, last: int) -> Iterator[tuple[_Strip, slice]]:
-    """Each strip, with those of windows `start` to `stop`, counted from `start`, whose neighbor is in the picture."""
-    for strip in _STRIPS:
-        first = 1 if strip.shift < 0 and start == 0 else 0
-        end = stop - start - (1 if strip.shift > 0 and stop > last else 0)
-        yield strip, slice(first, end)
+    windows[:, 4, :, :, :-1] += windows[:, 0, :, :, 1:]
+    windows[:, 1, :, :, 1:] += windows[:, 5, :, :, :-1]
+    windows = windows[:, 1:5]
+    windows[4, :, :, :-1] += windows[0, :, :, 1:]
+    windows[1, :, :, 1:] += windows[5, :, :, :-1]
+    if rows.stop - rows.start == tiles.shape[3]:
+        tiles[:, :, images] = windows[1:5]
+        return
+    tiles[:, :, images, rows] += windows[1:5]
+    if rows.start > 0:
+        tiles[3, :, images, rows.start - 1] += windows[0, :, :, 0]
+    if rows.stop < tiles.shape[3]:
+        tiles[0, :, images, rows.stop] += windows[5, :, :, -1]
 
 
 def tiles_of(y: Tensor) -> Tensor:
