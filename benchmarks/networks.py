@@ -7,9 +7,9 @@ Both sides have the same weights. The original's formulation is `benchmarks.orig
 FIR resampling by inserting zeros, padding and a generic convolution, 1x1 layers and attention by einsum, no fusion; it
 is trained with clipping, Adam and averaging tensor by tensor. Ours is trained as `sde.train` does.
 
-Each side has a process of its own, set up as its user would have it. The two take turns, so that a busy machine slows
-both; the time of each is that of its fastest turn, which other programs disturbed least, and the median is printed
-beside it. Errors are relative to the same network in float64.
+Each side has a process of its own, set up as its user would have it. The two take turns; the ratio is the median of
+those of successive turns, so that a machine that gets slower or faster meanwhile does not change it. Errors are
+relative to the same network in float64.
 
     forward    network evaluations without gradients, as in sampling
     training   forward, backward, clipping to norm 1, Adam, averaged weights; the network's dropout at 0.1
@@ -218,11 +218,20 @@ class Worker:
 
 
 class Times(NamedTuple):
-    """Of one kind of step."""
+    """Seconds of each turn, and the most memory in use (on a GPU)."""
 
-    fastest: float
-    median: float
+    seconds: list[float]
     memory: int
+
+    @property
+    def median(self) -> float:
+        """The median of the seconds."""
+        return statistics.median(self.seconds)
+
+
+def ratio(base: Times, times: Times) -> float:
+    """The median ratio of successive turns."""
+    return statistics.median(a / b for a, b in zip(base.seconds, times.seconds, strict=True))
 
 
 def turns(workers: list[Worker], requests: list[tuple[str, str]], repeats: int) -> list[Times]:
@@ -233,8 +242,7 @@ def turns(workers: list[Worker], requests: list[tuple[str, str]], repeats: int) 
     for _ in range(repeats):
         for times, worker in zip(taken, workers, strict=True):
             times.append(worker.ask("turn"))
-    seconds = [[second for second, _ in times] for times in taken]
-    return [Times(min(s), statistics.median(s), times[-1][1]) for s, times in zip(seconds, taken, strict=True)]
+    return [Times([second for second, _ in times], times[-1][1]) for times in taken]
 
 
 def rows(original: Worker, ours: Worker, arguments: argparse.Namespace, flops: int) -> Iterator[str]:
@@ -243,20 +251,18 @@ def rows(original: Worker, ours: Worker, arguments: argparse.Namespace, flops: i
     peak = peak_flops(arguments.device) if arguments.device == "cuda" else None
 
     def line(name: str, times: Times, ratio: str) -> str:
-        text = (
-            f"{name} {1e3 * times.fastest / batch:8.2f} ms a picture (median {1e3 * times.median / batch:.2f}){ratio}"
-        )
+        text = f"{name} {1e3 * times.median / batch:8.2f} ms a picture (fastest {1e3 * min(times.seconds) / batch:.2f})"
         if peak is not None:
             work = flops * (3 if name.startswith("training") else 1)
-            used = batch * work / times.fastest / peak
-            text += f", {batch / times.fastest:.0f} pictures/s, utilization {used:.0%}, {times.memory / 2**30:.2f} GiB"
-        return text
+            used = batch * work / times.median / peak
+            text += f", {batch / times.median:.0f} pictures/s, utilization {used:.0%}, {times.memory / 2**30:.2f} GiB"
+        return text + ratio
 
     for kind in ("forward", "training"):
         for precision in arguments.precision:
             base, times = turns([original, ours], [(kind, "fp32"), (kind, precision)], arguments.repeats)
             yield line(f"{kind:8} original fp32", base, "")
-            yield line(f"{kind:8} ours     {precision}", times, f"  {base.fastest / times.fastest:5.2f} x as fast")
+            yield line(f"{kind:8} ours     {precision}", times, f"   {ratio(base, times):.2f} x as fast")
 
 
 def peak_flops(device: str) -> float:
@@ -274,7 +280,7 @@ def peak_flops(device: str) -> float:
 
 def largest_batch(task: Task, kind: str, precision: str) -> tuple[int, Times]:
     """The largest power of two that fits into the memory of the GPU, and its time."""
-    best = 0, Times(float("inf"), float("inf"), 0)
+    best = 0, Times([float("inf")], 0)
     while True:
         worker = Worker(task._replace(batch=2 * (best[0] or task.batch // 2)))
         try:
@@ -348,7 +354,7 @@ def main() -> None:
     if device.type == "cuda":
         for kind in ("forward", "training"):
             batch, times = largest_batch(task, kind, "bf16")
-            speed, memory = batch / times.fastest, times.memory / 2**30
+            speed, memory = batch / times.median, times.memory / 2**30
             print(f"{kind:8} largest batch {batch}: {speed:.0f} pictures/s, {memory:.1f} GiB")
 
 
