@@ -14,14 +14,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from sde.broadcast import Time, as_tensor, expand
 from sde.errors import UserError
-from sde.parameterizations import Parameterization, scalar_input, scalar_row
+from sde.parameterizations import Parameterization, ScalarRow, scalar_input, scalar_row
 from sde.processes import SDE
+
+Evaluation = Callable[[Tensor], Tensor]
+"""One output at one time, with everything but the state settled: called with x (B, ...), gives the same shape."""
 
 
 class AbstractDenoiser(nn.Module, ABC):
@@ -41,6 +45,20 @@ class AbstractDenoiser(nn.Module, ABC):
             t: time, a number or a tensor of shape () or (B,).
             label: class labels (B,) int64, or None for no condition.
         """
+
+    def evaluations(
+        self, name: str, times: Sequence[float], like: Tensor, label: Tensor | None = None
+    ) -> list[Evaluation]:
+        """The output `name` at each of `times`, ready to be called step by step with states shaped like `like`.
+
+        What depends on the times alone may be computed here once and for all; what an evaluation returns is never
+        written to by solvers, and has to stay as it is until the last step. The default settles nothing.
+        """
+
+        def at(t: float) -> Evaluation:
+            return lambda x: self.output(name, x, t, label)
+
+        return [at(float(t)) for t in times]
 
     def denoised(self, x: Tensor, t: Time, label: Tensor | None = None) -> Tensor:
         """E[x_0 | x_t = x]."""
@@ -69,7 +87,8 @@ class Denoiser(AbstractDenoiser):
     Args:
         network: `network(x, c_noise, label)` with `x` (B, ...), `c_noise` (B,) and class labels (B,) or None, giving a
             tensor of the shape of `x`. Its attribute `noise_label` names the number it wants as `c_noise`
-            (default "time").
+            (default "time"). Its attribute `reuses_output` (default False) tells that the next call overwrites what
+            it returned, as a network does that is replayed as a CUDA graph.
         sde: the forward process.
         parameterization: what the network's output means.
     """
@@ -98,15 +117,34 @@ class Denoiser(AbstractDenoiser):
     def output(self, name: str, x: Tensor, t: Time, label: Tensor | None = None) -> Tensor:
         f = self.raw(x, t, label)
         if not isinstance(t, Tensor):
-            on_x, on_f, on_rest = scalar_row(self.parameterization, name, self.sde, t)
-            if on_rest is not None:
-                return torch.add(on_x * (x - f), f, alpha=on_rest)
-            return on_f * f if on_x == 0 else torch.add(on_f * f, x, alpha=on_x)
+            own = not getattr(self.network, "reuses_output", False)
+            return combine(x, f, scalar_row(self.parameterization, name, self.sde, t), own)
         row = self.parameterization.row(name, self.sde, _exact(t))
         x_coefficient, f_coefficient = (expand(c.to(x.dtype), x) for c in (row.x, row.F))
         if row.rest is not None:
             return x_coefficient * (x - f) + expand(row.rest.to(x.dtype), x) * f
         return x_coefficient * x + f_coefficient * f
+
+    def evaluations(
+        self, name: str, times: Sequence[float], like: Tensor, label: Tensor | None = None
+    ) -> list[Evaluation]:
+        """As in the base class: all coefficients in float64, and the noise labels on the device, once per grid."""
+        inputs = [scalar_input(self.parameterization, self.sde, t, self.label_kind) for t in times]
+        labels = torch.tensor([noise for _, noise in inputs], dtype=torch.float64).to(like.device, like.dtype)
+        rows = [scalar_row(self.parameterization, name, self.sde, t) for t in times]
+        return [
+            self._evaluation(scale, c_noise, row, label)
+            for (scale, _), c_noise, row in zip(inputs, labels[:, None].expand(-1, len(like)), rows, strict=True)
+        ]
+
+    def _evaluation(self, scale: float, c_noise: Tensor, row: ScalarRow, label: Tensor | None) -> Evaluation:
+        network, own = self.network, not getattr(self.network, "reuses_output", False)
+
+        def evaluate(x: Tensor) -> Tensor:
+            f = network(x if scale == 1 else x * scale, c_noise, label)
+            return combine(x, f if f.dtype == x.dtype else f.to(x.dtype), row, own)
+
+        return evaluate
 
     def eps_error(self, x0: Tensor, z: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """As in the base class, with the network compared to its own target: nothing cancels at small noise."""
@@ -117,6 +155,16 @@ class Denoiser(AbstractDenoiser):
         target = expand(p, x0) * x0 + expand(q, x0) * z
         scale = self.parameterization.row("eps", self.sde, exact).F.to(x0.dtype)
         return expand(scale, x0) * (f - target)
+
+
+def combine(x: Tensor, f: Tensor, row: ScalarRow, own: bool) -> Tensor:
+    """An output from the state and the network's answer `f`, which may be returned itself when it is our `own`."""
+    on_x, on_f, on_rest = row
+    if on_rest is not None:
+        return torch.add(on_x * (x - f), f, alpha=on_rest)
+    if on_x != 0:
+        return torch.add(on_f * f, x, alpha=on_x)
+    return f if on_f == 1 and own else on_f * f
 
 
 def _exact(t: Tensor) -> Tensor:

@@ -96,6 +96,7 @@ def compile_network(network: nn.Module, device: torch.device, how: bool | str) -
         network.compile()
     elif how == "graphs" and device.type == "cuda":
         network.compile(mode="max-autotune")
+        network.reuses_output = True  # type: ignore[assignment]  # a graph answers in one place, see `Denoiser`
 
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of malloc.h

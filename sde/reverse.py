@@ -10,10 +10,12 @@ reverse SDE, eta = 0 the probability-flow ODE.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from sde.broadcast import Time, as_tensor, expand
-from sde.denoiser import AbstractDenoiser
+from sde.denoiser import AbstractDenoiser, Evaluation
 
 
 class ReverseProcess:
@@ -36,6 +38,23 @@ class ReverseProcess:
     def _output(self, name: str, x: Tensor, t: Time) -> Tensor:
         self.nfe += 1
         return self.denoiser.output(name, x, t, self.label)
+
+    def evaluations(self, name: str, times: Sequence[float], like: Tensor) -> list[Evaluation]:
+        """The output `name` ("denoised", "eps", "score" or "v") at each of `times`, counted as it is called.
+
+        Args:
+            name: which output.
+            times: one for each evaluation that is returned.
+            like: a state (B, ...): its shape, type and device are those of the states to come.
+        """
+        return [self._counted(f) for f in self.denoiser.evaluations(name, times, like, self.label)]
+
+    def _counted(self, evaluation: Evaluation) -> Evaluation:
+        def evaluate(x: Tensor) -> Tensor:
+            self.nfe += 1
+            return evaluation(x)
+
+        return evaluate
 
     def denoised(self, x: Tensor, t: Time) -> Tensor:
         """E[x_0 | x_t = x], one evaluation."""

@@ -25,7 +25,7 @@ from sde.pictures import save_animation, save_grid, save_scatter, save_score_fie
 from sde.progress import progress_bar
 from sde.randomness import sample_seed
 from sde.runs import Run, find_run, open_checkpoint, restore_denoiser
-from sde.sampling import Plan, draw, draw_batch, make_times
+from sde.sampling import Plan, denoised_at_the_end, draw, draw_batch, make_times
 from sde.solvers import Solver
 from sde.training.checkpoint import Checkpoint
 
@@ -45,7 +45,7 @@ def sample(config: dict[str, Any]) -> None:
             raise UserError(f"{name}={config[name]!r} must be a whole number")
         check_number(name, config[name], at_least=1)
     sample_seed(config["seed"], 0)
-    for name in ("ema", "trajectory"):
+    for name in ("ema", "trajectory", "denoise"):
         check_flag(name, config[name])
     check_choice("precision", config["precision"], PRECISIONS)
     device = pick_device(config["device"])
@@ -60,7 +60,10 @@ def sample(config: dict[str, Any]) -> None:
         denoiser.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     cast_weights(denoiser.network, device, config["precision"])
     compile_network(denoiser.network, device, config["compile"])
-    plan = Plan(solver, make_times(solver, denoiser, grid, config["steps"]), info.shape, config["seed"], device)
+    times = make_times(solver, denoiser, grid, config["steps"])
+    if config["denoise"]:
+        solver = denoised_at_the_end(solver, denoiser, times)
+    plan = Plan(solver, times, info.shape, config["seed"], device)
     labels = class_labels(config["label"], config["n"], denoiser, info)
     folder = output_folder(run, config, solver, plan)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -58,6 +59,13 @@ def make_times(solver: Solver, denoiser: AbstractDenoiser, grid: Grid | None, st
             f"be T={denoiser.sde.T:g} (noise level {float(noise(denoiser.sde.T)):.4g})"
         )
     return tuple(solver.check_times(denoiser.sde, times))
+
+
+def denoised_at_the_end(solver: Solver, denoiser: AbstractDenoiser, times: Sequence[float]) -> Solver:
+    """`solver` with a last denoising step, unless it has a last step of its own or its grid ends without noise."""
+    if solver.final != "none" or float(denoiser.sde.sigma(times[-1])) == 0:
+        return solver
+    return dataclasses.replace(solver, final="tweedie")  # type: ignore[type-var]  # solvers are dataclasses
 
 
 def draw_batch(

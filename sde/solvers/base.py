@@ -44,13 +44,15 @@ class State:
         plan: one entry per step, whatever the solver computed of it beforehand.
         index: number of the step, from 0.
         quiet: this is the last step and its noise is to be left out (`final="mean"`).
-        history: for multistep solvers.
+        history: for multistep solvers, the newest first.
+        origin: for correctors, the state that the previous step ended from.
     """
 
     plan: Sequence[Any] = ()
     index: int = 0
     quiet: bool = False
     history: list[Any] = field(default_factory=list)
+    origin: Any = None
 
     @property
     def now(self) -> Any:
@@ -77,19 +79,23 @@ class Solver(ABC):
     """A way from noise to data. Leaves are frozen dataclasses of their options.
 
     Attributes:
-        order: order of convergence in the largest step: of the end point for a deterministic solver, of moments
-            (weak) for a stochastic one. Tests measure it.
         default_grid: name of the grid used when none is asked for.
         default_steps: number of steps used when none is asked for; None for a solver that chooses its own.
         final: what happens at the end of the grid, where x still holds noise of standard deviation sigma(t_n):
             "none" leaves it; "mean" leaves the noise of the last update out; "tweedie" replaces x by
-            E[x_0 | x] at the cost of one evaluation.
+            E[x_0 | x] at the cost of one evaluation. "none" by default: the end of the grid is where a solver is
+            asked to go. `python -m sde.sample denoise=true` asks for "tweedie".
     """
 
-    order: ClassVar[int]
     default_grid: ClassVar[str] = "uniform"
     default_steps: ClassVar[int | None]
     final: str
+
+    @property
+    @abstractmethod
+    def order(self) -> int:
+        """Order of convergence in the largest step: of the end point for a deterministic solver, of moments (weak) for
+        a stochastic one. Tests measure it. Leaves give it as a class variable, or as an option."""
 
     @property
     def stochastic(self) -> bool:
@@ -169,5 +175,5 @@ class Solver(ABC):
             raise UserError("this solver is stochastic and was given no noise: pass SampleNoise or BatchNoise")
 
 
-def _no_noise() -> Tensor:
+def _no_noise(t: float | None = None, s: float | None = None) -> Tensor:
     raise AssertionError("a solver that is not stochastic asked for noise")

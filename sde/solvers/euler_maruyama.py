@@ -33,7 +33,7 @@ class EulerMaruyama(Solver):
     default_steps: ClassVar[int | None] = 500
 
     eta: float = 1.0
-    final: str = "tweedie"
+    final: str = "none"
 
     def __post_init__(self) -> None:
         check_number("solver.eta", self.eta, at_least=0)

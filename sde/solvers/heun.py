@@ -57,7 +57,7 @@ class Heun(Solver):
     s_tmin: float = 0.0
     s_tmax: float = math.inf
     s_noise: float = 1.0
-    final: str = "tweedie"
+    final: str = "none"
 
     def __post_init__(self) -> None:
         check_number("solver.s_churn", self.s_churn, at_least=0)

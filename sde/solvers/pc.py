@@ -69,7 +69,7 @@ class PredictorCorrector(Solver):
     snr: float = 0.16
     probability_flow: bool = False
     discretization: str = "exact"
-    final: str = "tweedie"
+    final: str = "none"
 
     def __post_init__(self) -> None:
         check_choice("solver.predictor", self.predictor, PREDICTORS)

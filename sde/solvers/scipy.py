@@ -56,7 +56,7 @@ class SciPyODE(Solver):
     rtol: float = 1e-5
     atol: float = 1e-5
     per_sample: bool = True
-    final: str = "tweedie"
+    final: str = "none"
 
     def __post_init__(self) -> None:
         check_choice("solver.method", self.method, METHODS)

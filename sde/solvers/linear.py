@@ -1,0 +1,176 @@
+r"""Solvers that are tables of coefficients, and the one loop body that carries them out.
+
+Almost every sampler of the field builds its states from combinations
+
+    y = base x + sum_j terms_j m_j + sum_k scale_k z_k
+
+of the state x that its step started from, of values m of the network (the newest first, those of earlier steps
+included) and of fresh normal draws z. A step is a list of such `Stage`s; each may evaluate the network at its y and
+become the new x. A solver states the stages for a grid in `plan`. They are computed in float64, once for a grid
+and a process; `LinearSolver.step` is all that runs beside the network.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sde.denoiser import Evaluation
+from sde.processes import SDE
+from sde.randomness import Noise
+from sde.reverse import ReverseProcess
+from sde.solvers.base import Solver, State
+
+
+class Draw(NamedTuple):
+    """`scale` times a standard normal that belongs to the interval from t to s < t."""
+
+    scale: float
+    t: float
+    s: float
+
+
+class Stage(NamedTuple):
+    """One combination, and what becomes of it.
+
+    Attributes:
+        base: factor on the x of the step.
+        terms: factors on the evaluations made so far, the newest first; shorter than their number where old ones are
+            out of use.
+        draws: the noise in it.
+        keep: the combination becomes the x of the stages, and of the step, that follow.
+        time: evaluate the network at the combination and this time; None for not at all.
+        mix: the evaluation enters as m = output + mix y, with y the combination.
+        again: the combination is of the x that the previous step ended from, not of what it led to: a corrector, which
+            does that step again.
+    """
+
+    base: float = 1.0
+    terms: tuple[float, ...] = ()
+    draws: tuple[Draw, ...] = ()
+    keep: bool = False
+    time: float | None = None
+    mix: float = 0.0
+    again: bool = False
+
+    @property
+    def moves(self) -> bool:
+        """Whether y is anything but x."""
+        return self.base != 1 or any(self.terms) or bool(self.draws) or self.again
+
+
+Step = Sequence[Stage]
+
+
+def evaluate_at(t: float, mix: float = 0.0) -> Stage:
+    """The stage that evaluates the network at x itself."""
+    return Stage(time=t, mix=mix)
+
+
+def arrive(base: float, terms: Sequence[float], *draws: Draw) -> Stage:
+    """The stage that ends a step; draws of scale zero are left out."""
+    return Stage(base, tuple(terms), tuple(draw for draw in draws if draw.scale != 0), keep=True)
+
+
+class LinearSolver(Solver):
+    """A solver given by its stages.
+
+    Attributes:
+        evaluates: what of the denoiser the stages combine: "eps", "denoised" or "score".
+    """
+
+    evaluates: ClassVar[str] = "eps"
+
+    @property
+    def output(self) -> str:
+        """What of the denoiser is evaluated; `evaluates` unless the options decide."""
+        return self.evaluates
+
+    @abstractmethod
+    def plan(self, sde: SDE, times: Sequence[float]) -> Sequence[Step]:
+        """The stages of each step of the grid `times`: one entry less than there are times.
+
+        The last stage of a step ends it and has to `keep`.
+        """
+
+    def init(self, process: ReverseProcess, times: Sequence[float], x: Tensor) -> State:
+        steps = _planned(self, process.sde, tuple(times))
+        at = [stage.time for step in steps for stage in step if stage.time is not None]
+        evaluations = iter(process.evaluations(self.output, at, x))
+        depth = max((len(stage.terms) for step in steps for stage in step), default=0)
+        return State(plan=[[_ready(stage, evaluations, depth) for stage in step] for step in steps])
+
+    def step(self, process: ReverseProcess, x: Tensor, t: float, s: float, state: State, noise: Noise) -> Tensor:
+        history, origin = state.history, x
+        for stage in state.plan[state.index]:
+            y = x
+            if stage.moves:
+                y = _combine(state.origin if stage.again else x, stage, history, noise)
+                if stage.keep:
+                    origin, x = x, y
+            if stage.evaluation is not None:
+                m = stage.evaluation(y)
+                history.insert(0, torch.add(m, y, alpha=stage.mix) if stage.mix else m)
+                del history[stage.depth :]
+        state.origin = origin
+        return x
+
+
+class _Ready(NamedTuple):
+    """A `Stage` with its zeros gone and its evaluation settled."""
+
+    moves: bool
+    keep: bool
+    base: float
+    terms: tuple[tuple[int, float], ...]
+    draws: tuple[Draw, ...]
+    evaluation: Evaluation | None
+    mix: float
+    again: bool
+    depth: int  # of the history
+
+
+def _combine(x: Tensor, stage: _Ready, history: list[Tensor], noise: Noise) -> Tensor:
+    """y, in memory of its own."""
+    terms = stage.terms
+    if stage.base != 1:
+        y = x * stage.base
+    elif terms:
+        y = torch.add(x, history[terms[0][0]], alpha=terms[0][1])
+        terms = terms[1:]
+    elif stage.draws:
+        scale, t, s = stage.draws[0]
+        return _add_draws(torch.add(x, noise(t, s), alpha=scale), stage.draws[1:], noise)
+    else:
+        return x
+    for j, weight in terms:
+        y.add_(history[j], alpha=weight)
+    return _add_draws(y, stage.draws, noise) if stage.draws else y
+
+
+def _add_draws(y: Tensor, draws: Sequence[Draw], noise: Noise) -> Tensor:
+    for scale, t, s in draws:
+        y.add_(noise(t, s), alpha=scale)
+    return y
+
+
+def _ready(stage: Stage, evaluations: Iterator[Evaluation], depth: int) -> _Ready:
+    terms = tuple((j, weight) for j, weight in enumerate(stage.terms) if weight != 0)
+    evaluation = None if stage.time is None else next(evaluations)
+    return _Ready(stage.moves, stage.keep, stage.base, terms, stage.draws, evaluation, stage.mix, stage.again, depth)
+
+
+@lru_cache(maxsize=256)
+def _planned(solver: LinearSolver, sde: SDE, times: tuple[float, ...]) -> tuple[tuple[Stage, ...], ...]:
+    """The plan, once for all batches; without the noise of the last update where that is asked for."""
+    steps = [list(step) for step in solver.plan(sde, times)]
+    assert len(steps) == len(times) - 1
+    assert all(step[-1].keep for step in steps)
+    if solver.final == "mean":
+        steps[-1][-1] = steps[-1][-1]._replace(draws=())
+    return tuple(tuple(step) for step in steps)
