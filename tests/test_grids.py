@@ -309,7 +309,7 @@ def test_explicit_takes_what_other_grids_give(sde: SDE) -> None:
         back = Explicit(noise_levels=sigmas.tolist())(sde, 18)
         np.testing.assert_allclose(levels(sde, back), sigmas, rtol=LEVELS)
         # sigmas of libraries that compute in float32
-        back = Explicit(noise_levels=np.float32(sigmas).tolist())(sde)
+        back = Explicit(noise_levels=sigmas.astype(np.float32).tolist())(sde)
         assert back[0] <= sde.T
         assert back[-1] >= 0
         np.testing.assert_allclose(levels(sde, back), sigmas, rtol=2e-7)
