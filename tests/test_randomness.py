@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,34 +13,64 @@ from sde.errors import UserError
 from sde.randomness import BatchNoise, RecordedNoise, SampleNoise, sample_seed, step_seed
 from tests.problems import F64, generator, normal
 
-# small ones are drawn in blocks of many steps, (3, 32, 32) one step at a time; 16 entries divide PyTorch's code paths
-SHAPES = [(1,), (3,), (15,), (17,), (2, 5), (3, 8, 8), (3, 32, 32)]
+# from 4096 samples a group to one; (15,) and (17,) because PyTorch's CPU code draws 16 numbers at a time
+SHAPES = [(), (1,), (3,), (15,), (17,), (2, 5), (3, 8, 8), (1, 28, 28), (40, 40), (3, 32, 32), (70, 70)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_sample_does_not_depend_on_its_batch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    draws = 300 if math.prod(shape) < 100 else 3  # beyond the longest block of 256
     order = torch.randperm(64, generator=generator(0)).tolist()
     whole = SampleNoise(5, range(64), shape, dtype=dtype)
-    shuffled = SampleNoise(5, order, shape, dtype=dtype)
-    seven = SampleNoise(5, range(10, 17), shape, dtype=dtype)
-    single = SampleNoise(5, [13], shape, dtype=dtype)
-    for _ in range(draws):
-        a, b, c, d = whole(), shuffled(), seven(), single()
+    parts = {
+        "shuffled": order,
+        "seven": range(10, 17),
+        "as a list": list(range(10, 17)),
+        "strided": range(3, 60, 5),
+        "backwards": range(40, 2, -1),
+        "single": [13],
+        "twice": [7, 7, 9],
+        "none": [],
+    }
+    noises = {name: SampleNoise(5, rows, shape, dtype=dtype) for name, rows in parts.items()}
+    for _ in range(4):
+        a = whole()
         assert a.shape == (64, *shape)
         assert a.dtype == dtype
-        assert torch.equal(a[order], b)
-        assert torch.equal(a[10:17], c)
-        assert torch.equal(a[13:14], d)
+        for name, rows in parts.items():
+            b = noises[name]()
+            assert b.is_contiguous()
+            assert torch.equal(a[list(rows)], b), name
+
+
+@pytest.mark.parametrize("shape", [(1,), (300,)], ids=str)
+def test_a_sample_does_not_depend_on_the_edges_of_its_batch(shape: tuple[int, ...]) -> None:
+    # batches that begin and end anywhere, across several groups
+    n = 10_000 if shape == (1,) else 100
+    whole = SampleNoise(5, range(n), shape)
+    ends = [0, 1, n // 3, n // 2 + 1, n - 1, n]
+    parts = [SampleNoise(5, range(low, high), shape) for low, high in pairwise(ends)]
+    for _ in range(3):
+        assert torch.equal(whole(), torch.cat([part() for part in parts]))
 
 
 def test_a_draw_stays_what_it_was() -> None:
-    # a solver may hold a draw while others are made, across the end of a block
-    noise, again = SampleNoise(1, [0, 1], (9,)), SampleNoise(1, [0, 1], (9,))
-    held = [noise() for _ in range(600)]
-    for draw in held:
-        assert torch.equal(draw, again())
+    # a solver may hold a draw, or write into it, while others are made
+    for indices in (range(2), range(5, 7), [3, 1]):
+        noise, again = SampleNoise(1, indices, (9,)), SampleNoise(1, indices, (9,))
+        held = [noise() for _ in range(20)]
+        for draw in held:
+            fresh = again()
+            assert torch.equal(draw, fresh)
+            fresh.zero_()
+
+
+def test_the_interval_changes_nothing() -> None:
+    noise, again = SampleNoise(1, range(3), (4,)), SampleNoise(1, range(3), (4,))
+    assert torch.equal(noise(0.7, 0.4), again())
+    like = torch.empty(3, 4)
+    assert torch.equal(BatchNoise(like, generator(2))(0.7, 0.4), BatchNoise(like, generator(2))())
+    assert RecordedNoise([like])(0.7, 0.4) is like
 
 
 def test_seeds_and_samples_differ() -> None:
@@ -78,12 +109,12 @@ def test_draws_are_normal_and_uncorrelated(seeds: str) -> None:
 def test_draws_of_one_sample_are_uncorrelated_in_time() -> None:
     noise = SampleNoise(3, range(20), (8,), dtype=F64)
     x = torch.stack([noise() for _ in range(1000)])
-    for lag in (1, 2, 255, 256):  # a block has 256 draws of 8 entries
+    for lag in (1, 2, 3):
         assert abs(float((x[lag:] * x[:-lag]).mean())) < 5 / math.sqrt(x[lag:].numel())
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**62 + 12345])
-def test_no_two_samples_share_the_low_bits(seed: int) -> None:
+def test_no_two_generators_share_the_low_bits(seed: int) -> None:
     # PyTorch's CPU generator keeps 32 bits of a seed
     low = np.fromiter((sample_seed(seed, k) & 0xFFFFFFFF for k in range(200_000 if seed == 0 else 2000)), np.uint64)
     assert len(np.unique(low)) == len(low)
@@ -108,8 +139,20 @@ def test_seeds_have_no_pattern() -> None:
 
 @pytest.mark.parametrize("index", [-1, 2**32])
 def test_indices_out_of_range(index: int) -> None:
-    with pytest.raises(UserError, match=f"sample index {index}"):
-        sample_seed(0, index)
+    for refuses in (
+        lambda: sample_seed(0, index),
+        lambda: SampleNoise(0, [5, index], (2,)),
+        lambda: SampleNoise(0, range(index, index + 2), (2,)),
+        lambda: SampleNoise(0, range(index + 4, index - 1, -2), (2,)),
+    ):
+        with pytest.raises(UserError, match=r"sample index -?\d+ is out of range"):
+            refuses()
+
+
+@pytest.mark.parametrize("indices", [[0.0, 1.0], [[0, 1]], ["a"], [None]])
+def test_indices_that_are_no_numbers(indices: list[object]) -> None:
+    with pytest.raises(UserError, match="whole numbers"):
+        SampleNoise(0, indices, (2,))
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, True, 1.0, "0"])
