@@ -237,7 +237,7 @@ MISTAKES = [
     ("sde.sample", ["solver.predictor=none", "solver.corrector=none"], ["does nothing"]),
     ("sde.sample", ["solver=ode", "steps=5"], ["steps=5", "solver.rtol"]),
     ("sde.sample", ["solver=ode", "solver.method=RK54"], ["RK54", "did you mean 'RK45'"]),
-    ("sde.sample", ["grid=karras"], ["grid=karras", "edm"]),
+    ("sde.sample", ["grid=karas"], ["grid=karas", "did you mean 'karras'"]),
     ("sde.sample", ["grid=explicit", "grid.times=[0.1,0.5]"], ["decreasing"]),
     ("sde.sample", ["grid=score_sde"], ["solver.final=mean"]),
     ("sde.sample", ["checkpoint=7"], ["checkpoint=7", "20"]),

@@ -28,7 +28,7 @@ from sde.errors import check_choice, check_number
 from sde.processes import SDE
 
 PREDICTIONS = ("eps", "denoised", "edm")
-VARIABLES = ("noise_level", "log_snr", "angle", "time")
+VARIABLES = ("noise_level", "log_snr", "angle", "focused", "time")
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(20)  # exact to rounding for a step of several units of log u
 
 
@@ -39,7 +39,8 @@ class Interpolation:
     Args:
         prediction: "eps", "denoised" or "edm": see above.
         variable: "noise_level" u = sigma / alpha; "log_snr" -2 log u; "angle" arctan(u / sigma_data), in which the
-            flow of Gaussian data turns at constant speed; or "time" t.
+            flow of Gaussian data turns at constant speed; "focused" log u + 4 arctan(2 u / sigma_data), in which the
+            grid of that name has equal steps; or "time" t.
         sigma_data: standard deviation of the data; 0.5 for data in [-1, 1] as EDM has it.
     """
 
@@ -70,6 +71,8 @@ class Interpolation:
             return sde.t_of_noise_level(torch.from_numpy(u)).numpy()
         if self.variable == "angle":
             return np.arctan(u / self.sigma_data)
+        if self.variable == "focused":
+            return np.log(u) + 4 * np.arctan(2 * u / self.sigma_data)
         return u if self.variable == "noise_level" else -2 * np.log(u)
 
 
