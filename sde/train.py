@@ -19,7 +19,7 @@ from sde.errors import UserError, check_flag
 from sde.models.summary import summarize
 from sde.pictures import save_grid, save_scatter
 from sde.runs import Run, build_denoiser, find_run
-from sde.sampling import Plan, draw, make_times
+from sde.sampling import Plan, denoised_at_the_end, draw, make_times
 from sde.solvers import Solver
 from sde.training.batches import Batches
 from sde.training.checkpoint import list_checkpoints, load_newest, prune_checkpoints, save_checkpoint
@@ -87,6 +87,7 @@ def train(config: dict[str, Any]) -> None:
     if resumed:
         go_on(run, trainer)
     times = make_times(solver, denoiser, None, config["preview_steps"])
+    solver = denoised_at_the_end(solver, denoiser, times)
     plan = Plan(solver, times, dataset.info.shape, options.seed, device)
     validation = Validation(dataset, options, device, labeled)
     logger: Logger = build(config["logger"], "logger")
