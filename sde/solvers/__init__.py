@@ -1,19 +1,30 @@
 """Solvers: ways from noise to data. `SOLVERS` names them; each has a file here and one in `conf/solver/`."""
 
 from sde.solvers.adams import Adams
+from sde.solvers.ancestral import Ancestral, DPMpp2SAncestral, EulerAncestral, ReverseDiffusion
 from sde.solvers.base import SOLVERS, Callback, Solution, Solver, State, register
+from sde.solvers.dpm_sde import DPMpp2MSDE, DPMpp3MSDE, DPMppSDE
 from sde.solvers.euler_maruyama import EulerMaruyama
 from sde.solvers.heun import Heun
 from sde.solvers.pc import PredictorCorrector
+from sde.solvers.sa_solver import SASolver
 from sde.solvers.scipy import SciPyODE
 
 __all__ = [
     "SOLVERS",
     "Adams",
+    "Ancestral",
     "Callback",
+    "DPMpp2MSDE",
+    "DPMpp2SAncestral",
+    "DPMpp3MSDE",
+    "DPMppSDE",
+    "EulerAncestral",
     "EulerMaruyama",
     "Heun",
     "PredictorCorrector",
+    "ReverseDiffusion",
+    "SASolver",
     "SciPyODE",
     "Solution",
     "Solver",

@@ -7,18 +7,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
-from torch import Tensor
-
 from sde.errors import check_number
-from sde.randomness import Noise
-from sde.reverse import ReverseProcess
-from sde.solvers.base import Solver, State, register
-from sde.solvers.predictors import LinearStep, euler_maruyama
+from sde.processes import SDE
+from sde.solvers.base import register
+from sde.solvers.linear import Draw, LinearSolver, Step, arrive, evaluate_at
+from sde.solvers.predictors import euler_maruyama
 
 
 @register("euler_maruyama")
 @dataclass(frozen=True)
-class EulerMaruyama(Solver):
+class EulerMaruyama(LinearSolver):
     """x_s = x - [f x - (1 + eta^2)/2 g^2 score] (t - s) + eta g sqrt(t - s) z (arXiv 2011.13456, appendix D and E).
 
     Weak order 1; one evaluation a step. The simplest sampler: take it as a baseline, with hundreds of steps.
@@ -31,6 +29,7 @@ class EulerMaruyama(Solver):
     order: ClassVar[int] = 1
     default_grid: ClassVar[str] = "logsnr"
     default_steps: ClassVar[int | None] = 500
+    evaluates: ClassVar[str] = "score"
 
     eta: float = 1.0
     final: str = "none"
@@ -43,10 +42,9 @@ class EulerMaruyama(Solver):
     def stochastic(self) -> bool:
         return self.eta > 0
 
-    def init(self, process: ReverseProcess, times: Sequence[float], x: Tensor) -> State:
-        return State(plan=[euler_maruyama(process.sde, t, t - s, self.eta) for t, s in pairwise(times)])
-
-    def step(self, process: ReverseProcess, x: Tensor, t: float, s: float, state: State, noise: Noise) -> Tensor:
-        now: LinearStep = state.now
-        score = process.score(x, t)
-        return now.apply(x, score, None if state.quiet or now.z == 0 else noise())
+    def plan(self, sde: SDE, times: Sequence[float]) -> Sequence[Step]:
+        steps = []
+        for t, s in pairwise(times):
+            step = euler_maruyama(sde, t, t - s, self.eta)
+            steps.append([evaluate_at(t), arrive(step.x, (step.score,), Draw(step.z, t, s))])
+        return steps
