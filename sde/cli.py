@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sde.config import closest_key, conf_dir, import_plugins, plain
-from sde.errors import UserError, suggest
+from sde.errors import UserError, check_choice, suggest
 
 RESUMABLE = "training, ema, optimizer and logger, and preview_steps"
 Command = Callable[[dict[str, Any]], None]
@@ -190,6 +190,18 @@ def output_dir() -> str:
 def choices() -> dict[str, str]:
     """Which file was chosen for each configuration group."""
     return {str(group): str(choice) for group, choice in HydraConfig.get().runtime.choices.items()}
+
+
+def group_file(group: str, name: str) -> dict[str, Any]:
+    """The options in `conf/<group>/<name>.yaml`, those of the files it rests on filled in.
+
+    Raises:
+        UserError: when there is no such file.
+    """
+    names = sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+    check_choice(group, name, names)
+    node = plain(hydra.compose(f"{group}/{name}"))
+    return node.get(group, node)
 
 
 def task_overrides() -> list[str]:

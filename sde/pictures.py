@@ -1,4 +1,5 @@
-"""Results as pictures: grids of samples, animations of their way from noise, scatter plots and score fields in 2-D.
+"""Results as pictures: grids of samples, animations of their way from noise, scatter plots and score fields in 2-D,
+rows of samples with captions, and error against cost.
 
 Pixels are uint8 (N, C, H, W) with 1, 3 or any number of channels (of which the first is shown); points are (N, 2).
 matplotlib is imported by the functions that need it.
@@ -10,10 +11,11 @@ import math
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from sde.denoiser import AbstractDenoiser
@@ -110,6 +112,113 @@ def save_score_field(path: Path, denoiser: AbstractDenoiser, limit: float, devic
         panel.set(title=f"noise level {level:.2g}: sigma |score|", aspect="equal")
     figure.tight_layout()
     _save_png(path, Image.fromarray(_rasterize(figure)))
+
+
+def save_rows(path: Path, rows: Sequence[tuple[str, Tensor]], side: int = 48) -> None:
+    """Write rows of pictures, each with its caption on the left, as a PNG.
+
+    Args:
+        path: the file.
+        rows: (caption, pixels uint8 (N, C, H, W)); a caption may have several lines.
+        side: pictures are enlarged by a whole factor to at least about this many pixels.
+    """
+    strips = [Image.fromarray(tile(pixels, columns=len(pixels))) for _, pixels in rows]
+    factor = max(1, round(side / rows[0][1].shape[-2]))
+    strips = [s.resize((s.width * factor, s.height * factor), Image.Resampling.NEAREST) for s in strips]
+    font = ImageFont.load_default(size=13)
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    boxes = [measure.multiline_textbbox((0, 0), caption, font=font) for caption, _ in rows]
+    margin = math.ceil(max(box[2] for box in boxes)) + 16
+    heights = [max(s.height, math.ceil(box[3]) + 8) for s, box in zip(strips, boxes, strict=True)]
+    canvas = Image.new("RGB", (margin + max(s.width for s in strips), sum(heights)), "white")
+    draw, y = ImageDraw.Draw(canvas), 0
+    for (caption, _), strip, box, height in zip(rows, strips, boxes, heights, strict=True):
+        draw.multiline_text((8, y + (height - box[3]) / 2), caption, fill="black", font=font)
+        canvas.paste(strip, (margin, y + (height - strip.height) // 2))
+        y += height
+    _save_png(path, canvas)
+
+
+def save_panels(path: Path, panels: Sequence[tuple[str, Tensor]], columns: int) -> None:
+    """Write panels of points (N, 2) in the plane with captions, `columns` in a row and all to one scale, as a PNG."""
+    plt = _pyplot()
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.9 * columns, 3.2 * rows), dpi=100, squeeze=False)
+    reach = [float(p[torch.isfinite(p).all(1)].abs().quantile(0.99)) for _, p in panels if torch.isfinite(p).any()]
+    limit = max(0.1, 1.2 * sorted(reach)[len(reach) // 2]) if reach else 1.0  # one that fails must not set the scale
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, (caption, points) in zip(axes.flat, panels, strict=False):
+        ax.axis("on")
+        ax.scatter(*points[torch.isfinite(points).all(1)].T.tolist(), s=3, color="tab:blue", alpha=0.6, linewidths=0)
+        ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[])
+        ax.set_title(caption, fontsize=8)
+    figure.tight_layout()
+    _save_png(path, Image.fromarray(_rasterize(figure)))
+
+
+class Curve(NamedTuple):
+    """One line of `save_curves`: `y` over `x`, both positive; in gray and without a label unless `shown`."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    shown: bool = True
+
+
+def save_curves(path: Path, curves: Sequence[Curve], title: str, y_label: str, floor: float | None = None) -> None:
+    """Write error against evaluations, log-log with each shown curve named at its end, as a PNG.
+
+    Args:
+        path: the file.
+        curves: any number; points that are not finite and positive are left out.
+        title: above the plot.
+        y_label: what the error is.
+        floor: an error that nothing can fall below, as a dashed line.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(9, 6), dpi=110)
+    axes.set(xscale="log", yscale="log", xlabel="NFE (network evaluations)", ylabel=y_label, title=title)
+    colors = plt.get_cmap("tab20").colors
+    ends: list[tuple[float, float, str, tuple[float, ...]]] = []
+    for curve in sorted(curves, key=lambda curve: curve.shown):
+        points = [(x, y) for x, y in zip(curve.x, curve.y, strict=True) if y > 0 and math.isfinite(y)]
+        if not points:
+            continue
+        color = colors[len(ends) % len(colors)] if curve.shown else (0.82, 0.82, 0.82)
+        width, size = (1.6, 3.5) if curve.shown else (0.8, 0)
+        axes.plot(*zip(*points, strict=True), color=color, lw=width, marker="o", ms=size, zorder=2 + curve.shown)
+        if curve.shown:
+            ends.append((*points[-1], curve.name, color))
+    if floor is not None:
+        axes.axhline(floor, color="0.4", lw=1, ls="--")
+        axes.annotate("two true sets", (0.01, floor), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
+    budgets = sorted({x for curve in curves for x in curve.x})
+    axes.set_xticks(budgets, [f"{x:g}" for x in budgets], rotation=0 if len(budgets) < 12 else 90)
+    axes.xaxis.minorticks_off()
+    axes.grid(alpha=0.25)
+    _label_ends(axes, ends)
+    figure.tight_layout()
+    _save_png(path, Image.fromarray(_rasterize(figure)))
+
+
+def _label_ends(axes, ends: Sequence[tuple[float, float, str, tuple[float, ...]]]) -> None:  # type: ignore[no-untyped-def]
+    """Names right of the axes at the heights of the curves' ends, moved apart where they would overlap."""
+    bottom, top = (math.log(y) for y in axes.get_ylim())
+    ends = sorted(ends, key=lambda end: end[1])
+    places = [(math.log(y) - bottom) / (top - bottom) for _, y, _, _ in ends]
+    gap = min(0.036, 1 / max(len(places), 1))
+    for i in range(1, len(places)):
+        places[i] = max(places[i], places[i - 1] + gap)
+    highest = 1.0
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], highest)
+        highest = places[i] - gap
+    for (x, y, name, color), place in zip(ends, places, strict=True):
+        axes.annotate(
+            name, (x, y), xytext=(1.03, place), textcoords="axes fraction", va="center", fontsize=9, color=color,
+            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.6, "shrinkA": 0, "shrinkB": 2},
+        )  # fmt: skip
 
 
 def _pyplot():  # type: ignore[no-untyped-def]  # matplotlib's own module type

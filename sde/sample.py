@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,32 +40,18 @@ def main() -> None:
 
 def sample(config: dict[str, Any]) -> None:
     """Draw `n` samples as `config` says and write them into the run's folder."""
-    for name in ("n", "batch_size"):
-        if not isinstance(config[name], int) or isinstance(config[name], bool):
-            raise UserError(f"{name}={config[name]!r} must be a whole number")
-        check_number(name, config[name], at_least=1)
-    sample_seed(config["seed"], 0)
-    for name in ("ema", "trajectory", "denoise"):
-        check_flag(name, config[name])
-    check_choice("precision", config["precision"], PRECISIONS)
+    check_settings(config)
+    check_flag("trajectory", config["trajectory"])
     device = pick_device(config["device"])
-    keep_memory(device)
     solver: Solver = build(config["solver"], "solver")
-    grid = None if config["grid"].get("_target_") is None else build(config["grid"], "grid")
-    run, which = locate(config)
-    checkpoint = open_checkpoint(run, which)
-    denoiser, info = restore_denoiser(checkpoint, ema=config["ema"])
-    denoiser.to(device)
-    if len(info.shape) == 3:
-        denoiser.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    cast_weights(denoiser.network, device, config["precision"])
-    compile_network(denoiser.network, device, config["compile"])
+    grid = chosen_grid(config)
+    run, checkpoint, denoiser, info = open_model(config, device)
     times = make_times(solver, denoiser, grid, config["steps"])
     if config["denoise"]:
         solver = denoised_at_the_end(solver, denoiser, times)
     plan = Plan(solver, times, info.shape, config["seed"], device)
     labels = class_labels(config["label"], config["n"], denoiser, info)
-    folder = output_folder(run, config, solver, plan)
+    folder = new_folder(run, config["out"], default_name(solver, plan))
     try:
         started = time.perf_counter()
         with autocast(device, config["precision"]):
@@ -83,6 +69,50 @@ def sample(config: dict[str, Any]) -> None:
             folder.rmdir()
     for file in sorted(folder.iterdir()):
         print(file)
+
+
+def check_settings(config: dict[str, Any]) -> None:
+    """Check the options that all commands drawing samples have.
+
+    Raises:
+        UserError: for the first that has no meaning.
+    """
+    for name in ("n", "batch_size"):
+        if not isinstance(config[name], int) or isinstance(config[name], bool):
+            raise UserError(f"{name}={config[name]!r} must be a whole number")
+        check_number(name, config[name], at_least=1)
+    sample_seed(config["seed"], 0)
+    for name in ("ema", "denoise"):
+        check_flag(name, config[name])
+    check_choice("precision", config["precision"], PRECISIONS)
+
+
+def chosen_grid(config: dict[str, Any]) -> Grid | None:
+    """The grid that was asked for; None for each solver's own."""
+    return None if config["grid"].get("_target_") is None else build(config["grid"], "grid")
+
+
+class Model(NamedTuple):
+    """A trained model, ready to draw from, and where it comes from."""
+
+    run: Run
+    checkpoint: Checkpoint
+    denoiser: Denoiser
+    info: DataInfo
+
+
+def open_model(config: dict[str, Any], device: torch.device) -> Model:
+    """The model that `run`, `checkpoint` and `ema` name, on `device`, in the wanted precision, compiled if asked."""
+    keep_memory(device)
+    run, which = locate(config)
+    checkpoint = open_checkpoint(run, which)
+    denoiser, info = restore_denoiser(checkpoint, ema=config["ema"])
+    denoiser.to(device)
+    if len(info.shape) == 3:
+        denoiser.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    cast_weights(denoiser.network, device, config["precision"])
+    compile_network(denoiser.network, device, config["compile"])
+    return Model(run, checkpoint, denoiser, info)
 
 
 def describe(
@@ -150,19 +180,23 @@ def class_labels(label: Any, n: int, denoiser: Denoiser, info: DataInfo) -> Tens
     return torch.tensor([numbers[k % len(numbers)] for k in range(n)])
 
 
-def output_folder(run: Run, config: dict[str, Any], solver: Solver, plan: Plan) -> Path:
-    """A new folder for this set of samples: `out`, or one named after solver, steps and seed in the run's samples/.
+def default_name(solver: Solver, plan: Plan) -> str:
+    """What a folder of samples is called: after solver, steps and seed."""
+    steps = "" if solver.default_steps is None else f"-{len(plan.times) - 1}"
+    return f"{choices()['solver']}{steps}-seed{plan.seed}"
+
+
+def new_folder(run: Run, out: Any, name: str) -> Path:
+    """A new folder for results: `out`, or one called `name` in the run's samples/, with a number where that is taken.
 
     Raises:
         UserError: when `out` is a folder with something in it.
     """
-    if config["out"] is not None:
-        folder = Path(str(config["out"])).expanduser()
+    if out is not None:
+        folder = Path(str(out)).expanduser()
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"out={folder} exists and is not empty: choose a new folder")
     else:
-        steps = "" if solver.default_steps is None else f"-{len(plan.times) - 1}"
-        name = f"{choices()['solver']}{steps}-seed{plan.seed}"
         taken = [""] + [f"-{k}" for k in range(2, 10_000)]
         folder = next(f for f in (run.path / "samples" / (name + suffix) for suffix in taken) if not f.exists())
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,18 +1,21 @@
-"""Drawing samples in batches: what the command line, previews during training and benchmarks share."""
+"""Drawing samples in batches: what the command lines, previews during training and benchmarks share."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from sde.broadcast import Time
 from sde.denoiser import AbstractDenoiser
 from sde.errors import UserError
 from sde.grids import GRIDS, Explicit, Grid
-from sde.randomness import SampleNoise
+from sde.processes import SDE
+from sde.randomness import BatchNoise, SampleNoise
 from sde.reverse import ReverseProcess
 from sde.solvers import Callback, Solution, Solver
 
@@ -66,6 +69,50 @@ def denoised_at_the_end(solver: Solver, denoiser: AbstractDenoiser, times: Seque
     if solver.final != "none" or float(denoiser.sde.sigma(times[-1])) == 0:
         return solver
     return dataclasses.replace(solver, final="tweedie")  # type: ignore[type-var]  # solvers are dataclasses
+
+
+@lru_cache(maxsize=4096)
+def count_evaluations(solver: Solver, sde: SDE, times: tuple[float, ...]) -> int:
+    """How often `solver`, one that does not choose its own steps, asks the denoiser on the grid `times`."""
+    x = torch.zeros(1, 1, dtype=torch.float64)
+    noise = BatchNoise(x, torch.Generator().manual_seed(0))
+    return solver.solve(ReverseProcess(_Free(sde)), x, times, noise).nfe
+
+
+class _Free(AbstractDenoiser):
+    """A denoiser that costs nothing and says nothing."""
+
+    def __init__(self, sde: SDE) -> None:
+        super().__init__()
+        self.sde = sde
+
+    def output(self, name: str, x: Tensor, t: Time, label: Tensor | None = None) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def times_within(solver: Solver, denoiser: AbstractDenoiser, grid: Grid | None, budget: int) -> tuple[float, ...]:
+    """The grid of `make_times` with the most steps for which `solver` needs at most `budget` evaluations.
+
+    Evaluations are counted, since not all solvers need the same number in every step.
+
+    Raises:
+        UserError: when one step needs more, or the solver chooses its own steps.
+    """
+
+    def count(steps: int) -> int:
+        return count_evaluations(solver, denoiser.sde, make_times(solver, denoiser, grid, steps))
+
+    steps = budget
+    while (needed := count(steps)) > budget:
+        if steps == 1:
+            raise UserError(
+                f"{budget} evaluation{'s are' if budget != 1 else ' is'} not enough for {type(solver).__name__}, whose "
+                f"first step takes {needed}: allow {needed} or more"
+            )
+        steps = max(1, min(steps - 1, steps * budget // needed))
+    while steps < budget and count(steps + 1) <= budget:
+        steps += 1
+    return make_times(solver, denoiser, grid, steps)
 
 
 def draw_batch(
