@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sde.denoiser import Evaluation
+from sde.errors import UserError
 from sde.processes import SDE
 from sde.randomness import Noise
 from sde.reverse import ReverseProcess
@@ -28,11 +29,11 @@ from sde.solvers.base import Solver, State
 
 
 class Draw(NamedTuple):
-    """`scale` times a standard normal that belongs to the interval from t to s < t."""
+    """`scale` times a standard normal that belongs to the interval from t to s < t, or to no time at all."""
 
     scale: float
-    t: float
-    s: float
+    t: float | None = None
+    s: float | None = None
 
 
 class Stage(NamedTuple):
@@ -75,6 +76,12 @@ def evaluate_at(t: float, mix: float = 0.0) -> Stage:
 def arrive(base: float, terms: Sequence[float], *draws: Draw) -> Stage:
     """The stage that ends a step; draws of scale zero are left out."""
     return Stage(base, tuple(terms), tuple(draw for draw in draws if draw.scale != 0), keep=True)
+
+
+def check_order(order: int, most: int, name: str = "order") -> None:
+    """Raise `UserError` unless the option `name` is a whole number from 1 to `most`."""
+    if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= most:
+        raise UserError(f"solver.{name}={order!r} must be a whole number from 1 to {most}")
 
 
 class LinearSolver(Solver):
