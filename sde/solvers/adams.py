@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sde.errors import UserError, check_flag, check_number
+from sde.errors import check_flag, check_number
 from sde.processes import SDE
 from sde.solvers.base import register
 from sde.solvers.levels import Interpolation, Levels
-from sde.solvers.linear import LinearSolver, Stage, Step, arrive, evaluate_at
+from sde.solvers.linear import LinearSolver, Stage, Step, arrive, check_order, evaluate_at
 
 
 @register("adams")
@@ -102,9 +102,3 @@ def multistep(
         step.append(arrive(*levels.formula(rule, i, i + 1, nodes(i, order))))
         steps.append(step)
     return steps
-
-
-def check_order(order: int, most: int) -> None:
-    """Raise `UserError` unless `order` is a whole number from 1 to `most`."""
-    if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= most:
-        raise UserError(f"solver.order={order!r} must be a whole number from 1 to {most}")
