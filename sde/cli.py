@@ -70,8 +70,8 @@ def run_command(name: str, command: Command) -> None:
 
     try:
         entry()
+        _remove_empty(folders)
         if failures:
-            _remove_empty(folders)
             raise failures[0]
     except UserError as error:
         _leave(str(error), 2)
@@ -117,7 +117,7 @@ def _leave(sentence: str, code: int, prefix: str = "error: ") -> None:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Remove the folders that Hydra made for commands that came to nothing, where nothing was written to them."""
+    """Remove the folders that Hydra made for commands that wrote nothing to them."""
     for folder in folders:
         for path in (folder, folder.parent):
             if path.resolve() not in Path.cwd().resolve().parents and path.resolve() != Path.cwd().resolve():

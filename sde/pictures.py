@@ -166,7 +166,9 @@ class Curve(NamedTuple):
     shown: bool = True
 
 
-def save_curves(path: Path, curves: Sequence[Curve], title: str, y_label: str, floor: float | None = None) -> None:
+def save_curves(
+    path: Path, curves: Sequence[Curve], title: str, y_label: str, floor: tuple[str, float] | None = None
+) -> None:
     """Write error against evaluations, log-log with each shown curve named at its end, as a PNG.
 
     Args:
@@ -174,13 +176,13 @@ def save_curves(path: Path, curves: Sequence[Curve], title: str, y_label: str, f
         curves: any number; points that are not finite and positive are left out.
         title: above the plot.
         y_label: what the error is.
-        floor: an error that nothing can fall below, as a dashed line.
+        floor: (what it is, error) of a dashed line below which errors tell nothing.
     """
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(9, 6), dpi=110)
     axes.set(xscale="log", yscale="log", xlabel="NFE (network evaluations)", ylabel=y_label, title=title)
-    colors = plt.get_cmap("tab20").colors
-    ends: list[tuple[float, float, str, tuple[float, ...]]] = []
+    colors = [*plt.get_cmap("tab10").colors, "black", "navy", "darkgreen", "maroon"]
+    ends: list[tuple[float, float, str, object]] = []
     for curve in sorted(curves, key=lambda curve: curve.shown):
         points = [(x, y) for x, y in zip(curve.x, curve.y, strict=True) if y > 0 and math.isfinite(y)]
         if not points:
@@ -191,8 +193,8 @@ def save_curves(path: Path, curves: Sequence[Curve], title: str, y_label: str, f
         if curve.shown:
             ends.append((*points[-1], curve.name, color))
     if floor is not None:
-        axes.axhline(floor, color="0.4", lw=1, ls="--")
-        axes.annotate("two true sets", (0.01, floor), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
+        axes.axhline(floor[1], color="0.4", lw=1, ls="--")
+        axes.annotate(floor[0], (0.01, floor[1]), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
     budgets = sorted({x for curve in curves for x in curve.x})
     axes.set_xticks(budgets, [f"{x:g}" for x in budgets], rotation=0 if len(budgets) < 12 else 90)
     axes.xaxis.minorticks_off()
@@ -202,7 +204,7 @@ def save_curves(path: Path, curves: Sequence[Curve], title: str, y_label: str, f
     _save_png(path, Image.fromarray(_rasterize(figure)))
 
 
-def _label_ends(axes, ends: Sequence[tuple[float, float, str, tuple[float, ...]]]) -> None:  # type: ignore[no-untyped-def]
+def _label_ends(axes, ends: Sequence[tuple[float, float, str, object]]) -> None:  # type: ignore[no-untyped-def]
     """Names right of the axes at the heights of the curves' ends, moved apart where they would overlap."""
     bottom, top = (math.log(y) for y in axes.get_ylim())
     ends = sorted(ends, key=lambda end: end[1])
@@ -217,7 +219,7 @@ def _label_ends(axes, ends: Sequence[tuple[float, float, str, tuple[float, ...]]
     for (x, y, name, color), place in zip(ends, places, strict=True):
         axes.annotate(
             name, (x, y), xytext=(1.03, place), textcoords="axes fraction", va="center", fontsize=9, color=color,
-            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.6, "shrinkA": 0, "shrinkB": 2},
+            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.6, "ls": ":", "shrinkA": 0, "shrinkB": 2},
         )  # fmt: skip
 
 
