@@ -25,7 +25,7 @@ from sde.pictures import save_animation, save_grid, save_scatter, save_score_fie
 from sde.progress import progress_bar
 from sde.randomness import sample_seed
 from sde.runs import Run, find_run, open_checkpoint, restore_denoiser
-from sde.sampling import Plan, denoised_at_the_end, draw, draw_batch, make_times
+from sde.sampling import NOISES, Plan, denoised_at_the_end, draw, draw_batch, make_times
 from sde.solvers import Solver
 from sde.training.checkpoint import Checkpoint
 
@@ -42,6 +42,7 @@ def sample(config: dict[str, Any]) -> None:
     """Draw `n` samples as `config` says and write them into the run's folder."""
     check_settings(config)
     check_flag("trajectory", config["trajectory"])
+    check_choice("noise", config["noise"], NOISES)
     device = pick_device(config["device"])
     solver: Solver = build(config["solver"], "solver")
     grid = chosen_grid(config)
@@ -49,7 +50,7 @@ def sample(config: dict[str, Any]) -> None:
     times = make_times(solver, denoiser, grid, config["steps"])
     if config["denoise"]:
         solver = denoised_at_the_end(solver, denoiser, times)
-    plan = Plan(solver, times, info.shape, config["seed"], device)
+    plan = Plan(solver, times, info.shape, config["seed"], device, noise=config["noise"])
     labels = class_labels(config["label"], config["n"], denoiser, info)
     folder = new_folder(run, config["out"], default_name(solver, plan))
     try:
@@ -136,6 +137,7 @@ def describe(
         "n": config["n"],
         "seconds": round(seconds, 3),
         "seeds": {"seed": config["seed"], "samples": [0, config["n"] - 1]},
+        "noise": plan.noise,
         "label": config["label"],
         "batch_size": config["batch_size"],
         "precision": config["precision"],

@@ -6,11 +6,13 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sde.broadcast import Time
+from sde.brownian import BrownianNoise
 from sde.denoiser import AbstractDenoiser
 from sde.errors import UserError
 from sde.grids import GRIDS, Explicit, Grid
@@ -19,6 +21,7 @@ from sde.randomness import BatchNoise, SampleNoise
 from sde.reverse import ReverseProcess
 from sde.solvers import Callback, Solution, Solver
 
+NOISES = ("independent", "path")
 _SHOWN_STEPS = 50  # of a trajectory, for a solver that chooses its own
 
 
@@ -33,6 +36,8 @@ class Plan:
         seed: sample k of this seed is the same however samples are split into batches.
         device: where to compute.
         dtype: of the state.
+        noise: "independent" draws, or the increments of one Brownian "path" per sample, with which stochastic solvers
+            refine one picture the more steps they take.
     """
 
     solver: Solver
@@ -41,6 +46,7 @@ class Plan:
     seed: int = 0
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
     dtype: torch.dtype = torch.float32
+    noise: str = "independent"
 
 
 def make_times(solver: Solver, denoiser: AbstractDenoiser, grid: Grid | None, steps: int | None) -> tuple[float, ...]:
@@ -115,6 +121,14 @@ def times_within(solver: Solver, denoiser: AbstractDenoiser, grid: Grid | None, 
     return make_times(solver, denoiser, grid, steps)
 
 
+def noise_of(plan: Plan, sde: SDE, indices: Sequence[int]) -> SampleNoise | BrownianNoise:
+    """Where samples number `indices` get their draws from."""
+    where: dict[str, Any] = {"dtype": plan.dtype, "device": plan.device}
+    if plan.noise == "independent":
+        return SampleNoise(plan.seed, indices, plan.shape, **where)
+    return BrownianNoise(plan.seed, indices, plan.shape, lambda t: 0.5 * float(sde.log_snr(t)), **where)
+
+
 def draw_batch(
     denoiser: AbstractDenoiser,
     plan: Plan,
@@ -131,7 +145,7 @@ def draw_batch(
         label: class labels (B,) or None.
         callback: told of the progress.
     """
-    noise = SampleNoise(plan.seed, indices, plan.shape, dtype=plan.dtype, device=plan.device)
+    noise = noise_of(plan, denoiser.sde, indices)
     x = noise() * denoiser.sde.prior_std
     return plan.solver.solve(ReverseProcess(denoiser, label), x, plan.times, noise, callback)
 
