@@ -9,6 +9,7 @@ import os
 # nothing when the cores are free; where another program shares them, spinning makes training many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from sde.brownian import BrownianNoise
 from sde.denoiser import AbstractDenoiser, Denoiser, GaussianDenoiser, GaussianMixtureDenoiser
 from sde.errors import UserError
 from sde.grids import GRIDS, Grid
@@ -31,6 +32,7 @@ __all__ = [
     "VP",
     "AbstractDenoiser",
     "BatchNoise",
+    "BrownianNoise",
     "Cosine",
     "Denoiser",
     "DenoisingScoreMatching",

@@ -27,7 +27,7 @@ ROOT = Path(sde.__file__).parent
 
 FOUNDATION = {"errors", "registry", "broadcast"}
 CURVES = FOUNDATION | {"processes"}
-CORE = CURVES | {"grids", "parameterizations", "denoiser", "reverse", "losses", "randomness"}
+CORE = CURVES | {"grids", "parameterizations", "denoiser", "reverse", "losses", "randomness", "brownian"}
 TOOLS = {"files", "devices", "progress"}  # helpers that know nothing of the package but its errors
 
 # What each room may import besides itself. A room that is not named is above all of these: none of them imports it.
@@ -37,14 +37,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "registry": {"errors"},
     **{tool: {"errors"} for tool in TOOLS},
     "randomness": {"errors"},
+    "brownian": {"errors", "randomness"},
     "processes": FOUNDATION,
     "grids": CURVES,
     "parameterizations": CURVES,
     "denoiser": CURVES | {"parameterizations"},
     "reverse": CURVES | {"denoiser"},
     "losses": CURVES | {"denoiser"},
-    "solvers": CORE - {"losses", "grids"},
-    "guidance": CORE - {"losses", "grids"},
+    "solvers": CORE - {"losses", "grids", "brownian"},
+    "guidance": CORE - {"losses", "grids", "brownian"},
     "likelihood": CORE | {"solvers"},
     "models": FOUNDATION | TOOLS,
     "data": FOUNDATION | TOOLS,
