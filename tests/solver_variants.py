@@ -29,6 +29,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
             {"predictor": "euler_maruyama", "probability_flow": True},
         )
     ],
+    # Langevin dynamics approximates a law, not a flow: no order
+    "langevin": [],
+    "ald": [],
+    "mala": [],
+    "box_langevin": [],
 }
 # and those that have no order of their own, only a law, a count and an independence of the batch
 CORRECTED: dict[str, list[dict[str, Any]]] = {
@@ -37,12 +42,21 @@ CORRECTED: dict[str, list[dict[str, Any]]] = {
         {"corrector": "ald", "corrector_steps": 2},
         {"corrector_position": "after", "predictor": "ancestral"},
         {"predictor": "none", "corrector": "ald"},
+        {"predictor": "heun", "corrector_position": "after"},
+        {"predictor": "dpmpp_2s_ancestral"},
+        {"corrector": "mala"},
     ],
+    "langevin": [{"steps_per_level": 2}],
+    "ald": [{"steps_per_level": 2}, {"steps_per_level": 1, "step_size": 0.1}],
+    "mala": [{"steps_per_level": 2}, {"steps_per_level": 1, "warm_up": 1}, {"steps_per_level": 2, "density": "line"}],
+    "box_langevin": [{"steps": 9}, {"steps": 9, "outside": "add", "start": "normal"}],
 }
 
 
 # solvers that remember earlier steps: they cannot be interrupted, and start at lower orders than they reach
 MULTISTEP = ["adams"]
+# solvers that stay at every time of the grid, the first included: cut in two, they stay at the cut twice
+STAYING = ["langevin", "ald", "mala"]
 
 
 def variants(*, corrected: bool = True, stepping: bool = False, stochastic: bool | None = None) -> list[Any]:

@@ -11,13 +11,16 @@ the paper discretizes the SDE with (`SDE.discretize`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
 from sde.errors import UserError
 from sde.processes import SDE, Discretization
+from sde.solvers.linear import Draw, LinearSolver, Step, arrive, evaluate_at
 
 
 class LinearStep(NamedTuple):
@@ -61,3 +64,41 @@ def euler_maruyama(sde: SDE, t: float, h: float, eta: float = 1.0) -> LinearStep
     """One step of length h > 0 of dx = [f x - (1 + eta^2)/2 g^2 score] dt + eta g dw, against time."""
     f, g = float(sde.f(t)), float(sde.g(t))
     return LinearStep(1 - f * h, 0.5 * (1 + eta * eta) * g * g * h, eta * g * math.sqrt(h), 1 + f * h)
+
+
+@dataclass(frozen=True)
+class Chain(LinearSolver):
+    """The n-step chain of score_sde_pytorch run backwards: a predictor of `pc` under its "score_sde" discretization.
+
+    Args:
+        predictor: "reverse_diffusion", "ancestral" or "euler_maruyama".
+        probability_flow: half the score, no noise.
+        final: last-step policy, see `Solver`.
+    """
+
+    order: ClassVar[int] = 1
+    default_grid: ClassVar[str] = "score_sde"
+    default_steps: ClassVar[int | None] = 1000
+    evaluates: ClassVar[str] = "score"
+
+    predictor: str
+    probability_flow: bool
+    final: str
+
+    @property
+    def stochastic(self) -> bool:
+        return not self.probability_flow
+
+    def plan(self, sde: SDE, times: Sequence[float]) -> Sequence[Step]:
+        n, steps = len(times) - 1, []
+        for t, s in pairwise(times):
+            x, score, z, _ = self._step(sde, t, n)
+            if self.probability_flow:
+                score, z = 0.5 * score, 0.0
+            steps.append([evaluate_at(t), arrive(x, (score,), Draw(z, t, s))])
+        return steps
+
+    def _step(self, sde: SDE, t: float, n: int) -> LinearStep:
+        if self.predictor == "euler_maruyama":
+            return euler_maruyama(sde, t, sde.T / n)
+        return (ancestral if self.predictor == "ancestral" else reverse_diffusion)(sde.discretize(t, n))
