@@ -19,6 +19,20 @@ from tests.problems import with_options
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "euler_maruyama": [{}, {"eta": 0.7}, {"eta": 0.0}],
     "heun": [{}, {"s_churn": 5.0}],
+    "ddim": [{}, {"eta": 1.0}],
+    "midpoint": [{}, {"prediction": "eps", "variable": "time"}],
+    "rk4": [{}, {"prediction": "denoised", "variable": "log_snr"}],
+    "dpm_solver": [{}, {"order": 2, "r1": 0.3}, {"order": 3, "r1": 0.5, "solver_type": "taylor"}],
+    "dpmpp_2s": [{}, {"r1": 0.8, "solver_type": "taylor"}],
+    "exponential": [{}, {"order": 1}],
+    "deis": [{}, {"order": 2, "variable": "time"}],
+    "dpmpp_2m": [{}, {"solver_type": "heun"}],
+    "unipc": [
+        {},
+        {"solver_order": 1, "variant": "bh1"},
+    ],
+    # its order depends on the grid: tests/test_solvers_multistep.py
+    "ipndm": [],
     "pc": [
         {"corrector": "none", **options}
         for options in (
@@ -46,6 +60,7 @@ CORRECTED: dict[str, list[dict[str, Any]]] = {
         {"predictor": "dpmpp_2s_ancestral"},
         {"corrector": "mala"},
     ],
+    "ipndm": [{}],
     "langevin": [{"steps_per_level": 2}],
     "ald": [{"steps_per_level": 2}, {"steps_per_level": 1, "step_size": 0.1}],
     "mala": [{"steps_per_level": 2}, {"steps_per_level": 1, "warm_up": 1}, {"steps_per_level": 2, "density": "line"}],
@@ -54,7 +69,7 @@ CORRECTED: dict[str, list[dict[str, Any]]] = {
 
 
 # solvers that remember earlier steps: they cannot be interrupted, and start at lower orders than they reach
-MULTISTEP = ["adams"]
+MULTISTEP = ["adams", "lms", "deis", "ipndm", "gradient_estimation", "dpmpp_2m", "dpmpp_3m", "unipc"]
 # solvers that stay at every time of the grid, the first included: cut in two, they stay at the cut twice
 STAYING = ["langevin", "ald", "mala"]
 

@@ -4,32 +4,52 @@ from sde.solvers.adams import Adams
 from sde.solvers.ancestral import Ancestral, DPMpp2SAncestral, EulerAncestral, ReverseDiffusion
 from sde.solvers.base import SOLVERS, Callback, Solution, Solver, State, register
 from sde.solvers.box_langevin import BoxLangevin
+from sde.solvers.ddim import DDIM
 from sde.solvers.dpm_sde import DPMpp2MSDE, DPMpp3MSDE, DPMppSDE
+from sde.solvers.dpm_solver import DPMpp2S, DPMpp3S, DPMSolver, Exponential
 from sde.solvers.euler_maruyama import EulerMaruyama
 from sde.solvers.heun import Heun
 from sde.solvers.langevin import AnnealedLangevin, Langevin
 from sde.solvers.mala import MALA, MALASolution
+from sde.solvers.multistep import DEIS, IPNDM, LMS, DPMpp2M, DPMpp3M, GradientEstimation
 from sde.solvers.pc import PredictorCorrector
+from sde.solvers.runge_kutta import DPM2, RK4, Euler, Midpoint
 from sde.solvers.sa_solver import SASolver
 from sde.solvers.scipy import SciPyODE
+from sde.solvers.unipc import UniPC
 
 __all__ = [
+    "DDIM",
+    "DEIS",
+    "DPM2",
+    "IPNDM",
+    "LMS",
     "MALA",
+    "RK4",
     "SOLVERS",
     "Adams",
     "Ancestral",
     "AnnealedLangevin",
     "BoxLangevin",
     "Callback",
+    "DPMSolver",
+    "DPMpp2M",
     "DPMpp2MSDE",
+    "DPMpp2S",
     "DPMpp2SAncestral",
+    "DPMpp3M",
     "DPMpp3MSDE",
+    "DPMpp3S",
     "DPMppSDE",
+    "Euler",
     "EulerAncestral",
     "EulerMaruyama",
+    "Exponential",
+    "GradientEstimation",
     "Heun",
     "Langevin",
     "MALASolution",
+    "Midpoint",
     "PredictorCorrector",
     "ReverseDiffusion",
     "SASolver",
@@ -37,5 +57,6 @@ __all__ = [
     "Solution",
     "Solver",
     "State",
+    "UniPC",
     "register",
 ]
