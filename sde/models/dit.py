@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sde.errors import UserError, check_choice, check_flag, check_number
+from sde.models.attention import attend
 from sde.models.base import check_count, check_shape, register
 from sde.models.embeddings import ConditionEmbedding, SinusoidalFeatures
 from sde.models.layers import linear
@@ -157,7 +158,7 @@ class Attention(nn.Module):
             query, key = self.query_norm(query.to(exact)), self.key_norm(key.to(exact))
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
-        h = F.scaled_dot_product_attention(query.to(value.dtype), key.to(value.dtype), value)
+        h = attend(query.to(value.dtype), key.to(value.dtype), value)
         return self.output(h.transpose(1, 2).flatten(2))
 
 

@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sde.errors import UserError, check_number
+from sde.models.attention import attend
 from sde.models.base import check_count, check_counts, check_shape, check_unlabeled, register
 from sde.models.magnitude import (
     MPClassEmbedding,
@@ -96,7 +97,7 @@ class CosineAttention(nn.Module):
         heads = projected.reshape(batch, height * width, -1, self.head_channels, 3).transpose(1, 2)
         # One by one, so that each result is dense: fast attention kernels want adjacent channels.
         query, key, value = (normalize(part, (3,)) for part in heads.unbind(4))
-        h = F.scaled_dot_product_attention(query, key, value)
+        h = attend(query, key, value)
         return self.output(h.transpose(1, 2).reshape(batch, height, width, channels).permute(0, 3, 1, 2))
 
 

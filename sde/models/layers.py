@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sde.errors import UserError
+from sde.models.attention import attend
 from sde.models.winograd import conv3x3
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -258,7 +259,7 @@ class SelfAttention(nn.Module):
         projected = self.query_key_value(self.norm(x)).permute(0, 2, 3, 1)
         projected = projected.reshape(batch, height * width, 3, self.heads, channels // self.heads)
         query, key, value = projected.permute(2, 0, 3, 1, 4)
-        h = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+        h = attend(query, key, value).transpose(1, 2)
         h = self.output(h.reshape(batch, height, width, channels).permute(0, 3, 1, 2))
         return join(x, h, self.skip_rescale)
 

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sde.errors import UserError, check_choice, check_number
+from sde.models.attention import attend
 from sde.models.base import check_count, check_counts, check_shape, register
 from sde.models.embeddings import ConditionEmbedding, FourierFeatures
 from sde.models.layers import ACTIVATIONS, group_norm, initialize, linear
@@ -208,7 +209,7 @@ class SelfAttention1d(nn.Module):
         """(B, channels, L) to the same."""
         projected = self.query_key_value(self.norm(x).transpose(1, 2)).unflatten(2, (3, self.heads, -1))
         query, key, value = projected.permute(2, 0, 3, 1, 4).unbind(0)
-        h = F.scaled_dot_product_attention(query, key, value)
+        h = attend(query, key, value)
         return x + self.output(h.transpose(1, 2).flatten(2)).transpose(1, 2)
 
 
