@@ -48,7 +48,7 @@ class ReverseDiffusion(LinearSolver):
     """
 
     order: ClassVar[int] = 1
-    default_grid: ClassVar[str] = "logsnr"
+    default_grid: ClassVar[str] = "focused"
     default_steps: ClassVar[int | None] = 500
     evaluates: ClassVar[str] = "score"
 
@@ -103,7 +103,7 @@ class Ancestral(LinearSolver):
     """
 
     order: ClassVar[int] = 1
-    default_grid: ClassVar[str] = "logsnr"
+    default_grid: ClassVar[str] = "focused"
     default_steps: ClassVar[int | None] = 250
     evaluates: ClassVar[str] = "denoised"
 
@@ -138,7 +138,7 @@ class EulerAncestral(LinearSolver):
     """
 
     order: ClassVar[int] = 1
-    default_grid: ClassVar[str] = "logsnr"
+    default_grid: ClassVar[str] = "focused"
     default_steps: ClassVar[int | None] = 250
     evaluates: ClassVar[str] = "denoised"
 
@@ -177,7 +177,7 @@ class DPMpp2SAncestral(LinearSolver):
     """
 
     order: ClassVar[int] = 2
-    default_grid: ClassVar[str] = "logsnr"
+    default_grid: ClassVar[str] = "focused"
     default_steps: ClassVar[int | None] = 25
     evaluates: ClassVar[str] = "denoised"
 

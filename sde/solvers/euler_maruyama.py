@@ -27,7 +27,7 @@ class EulerMaruyama(LinearSolver):
     """
 
     order: ClassVar[int] = 1
-    default_grid: ClassVar[str] = "logsnr"
+    default_grid: ClassVar[str] = "focused"
     default_steps: ClassVar[int | None] = 500
     evaluates: ClassVar[str] = "score"
 

@@ -24,7 +24,8 @@ from sde.errors import UserError, check_number
 from sde.processes import SDE
 from sde.solvers.base import register
 from sde.solvers.levels import Levels, lagrange
-from sde.solvers.linear import Draw, LinearSolver, Stage, Step, arrive, evaluate_at
+from sde.solvers.linear import Draw, LinearSolver, Stage, Step, arrive, check_order, evaluate_at
+from sde.solvers.multistep import counts, newest
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(20)
 _REACH = 8.0  # growth exponent over which 20 nodes integrate to rounding
@@ -74,11 +75,13 @@ def noisy_formula(
 class SASolver(LinearSolver):
     """Stochastic Adams: prediction, and correction from the same evaluation (arXiv 2309.05019, algorithm 1).
 
-    The corrector does the step again with the value at its predicted end and the same noise (PEC mode).
+    The corrector does the step again with the value at its predicted end and the same noise (PEC mode). Without noise
+    (tau = 0) the order is predictor_order, or min(corrector_order, predictor_order + 1) with a corrector. With noise
+    the weak order is 2 at most: what the noise within a step does to D is known to formulas of more values to first
+    order only. One evaluation a step. The best of the stochastic solvers here in few evaluations.
 
-    One evaluation a step. Of order max(predictor_order, min(corrector_order, predictor_order + 1)) on the ODE, that is
-    for tau = 0, or of corrector_order if that is lower and not 0; of weak order 2 at most with noise, since formulas
-    of more values do not know how the noise within a step has moved D.
+    Predictor order 1 without corrector is DDIM, x_s = alpha_s D + sqrt(sigma_s^2 - c^2) eps + c z, with the noise
+    c = sigma_s sqrt(1 - exp(-2 tau^2 h)), h the step in lambda: ancestral sampling for tau = 1.
 
     Args:
         predictor_order: values of D that predict, 1 to 4.
@@ -87,28 +90,27 @@ class SASolver(LinearSolver):
         tau_low: smallest noise level sigma / alpha at which noise is added.
         tau_high: largest noise level at which it is.
         s_noise: factor on the added noise; 1 keeps the law.
+        few_steps: with fewer steps than this the last ones use 4, 3, 2 and 1 values at most; 0 for never.
         final: last-step policy, see `Solver`.
     """
 
-    default_grid: ClassVar[str] = "logsnr"
+    default_grid: ClassVar[str] = "focused"
     default_steps: ClassVar[int | None] = 50
     evaluates: ClassVar[str] = "denoised"
 
-    predictor_order: int = 3
-    corrector_order: int = 4
+    predictor_order: int = 2
+    corrector_order: int = 2
     tau: float = 1.0
     tau_low: float = 0.0
     tau_high: float = math.inf
     s_noise: float = 1.0
+    few_steps: int = 30
     final: str = "none"
 
     def __post_init__(self) -> None:
-        for name, value, least, most in (
-            ("predictor_order", self.predictor_order, 1, 4),
-            ("corrector_order", self.corrector_order, 0, 5),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-                raise UserError(f"solver.{name}={value!r} must be a whole number from {least} to {most}")
+        check_order(self.predictor_order, 4, "predictor_order")
+        if self.corrector_order != 0 or isinstance(self.corrector_order, bool):
+            check_order(self.corrector_order, 5, "corrector_order")
         check_number("solver.tau", self.tau, at_least=0)
         check_number("solver.tau_low", self.tau_low, at_least=0)
         if not self.tau_high > self.tau_low:  # infinity passes, NaN does not
@@ -116,6 +118,7 @@ class SASolver(LinearSolver):
                 f"solver.tau_high={self.tau_high!r} must be a noise level above solver.tau_low={self.tau_low!r}"
             )
         check_number("solver.s_noise", self.s_noise, at_least=0)
+        check_number("solver.few_steps", self.few_steps, at_least=0)
         self.check_final()
 
     @property
@@ -131,19 +134,24 @@ class SASolver(LinearSolver):
 
     def plan(self, sde: SDE, times: Sequence[float]) -> Sequence[Step]:
         levels, noise = Levels(sde, times), NoiseRate(self.tau**2, self.tau_low, self.tau_high)
-        steps: list[Step] = []
-        predicted: tuple[float, ...] = ()
-        for i in range(levels.steps):
-            step = [evaluate_at(levels.t[i])]
-            newest = list(range(i, -1, -1))  # places of the values, as the history has them
-            if self.corrector_order and i > 0:
-                _, corrected, _ = noisy_formula(levels, i - 1, i, newest[: self.corrector_order], noise)
-                step.append(Stage(terms=_difference(corrected, (0.0, *predicted)), keep=True))
-            decay, predicted, spread = noisy_formula(levels, i, i + 1, newest[: self.predictor_order], noise)
-            draw = Draw(spread * self.s_noise, levels.t[i], levels.t[i + 1])
-            step.append(arrive(decay, predicted, draw))
-            steps.append(step)
+        values = counts(levels.steps, self.predictor_order, self.few_steps)
+        steps = predict(levels, values, noise, self.s_noise)
+        if self.corrector_order:
+            for i in range(1, levels.steps):
+                _, corrected, _ = noisy_formula(levels, i - 1, i, newest(i, min(self.corrector_order, i + 1)), noise)
+                change = _difference(corrected, (0.0, *steps[i - 1][-1].terms))
+                steps[i].insert(1, Stage(terms=change, keep=True))
         return steps
+
+
+def predict(levels: Levels, values: Sequence[int], noise: NoiseRate, s_noise: float) -> list[list[Stage]]:
+    """Steps that evaluate once and use the last `values[i]` values in step i."""
+    steps = []
+    for i, count in enumerate(values):
+        decay, terms, spread = noisy_formula(levels, i, i + 1, newest(i, count), noise)
+        draw = Draw(spread * s_noise, levels.t[i], levels.t[i + 1])
+        steps.append([evaluate_at(levels.t[i]), arrive(decay, terms, draw)])
+    return steps
 
 
 def _difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, ...]:
