@@ -41,14 +41,14 @@ class State:
     """What a stepping solver carries along the grid.
 
     Attributes:
-        plan: one entry per step, whatever the solver computed of it beforehand.
+        plan: what the solver computed beforehand; one entry per step for those that use `now`.
         index: number of the step, from 0.
         quiet: this is the last step and its noise is to be left out (`final="mean"`).
         history: for multistep solvers, the newest first.
         origin: for correctors, the state that the previous step ended from.
     """
 
-    plan: Sequence[Any] = ()
+    plan: Any = ()
     index: int = 0
     quiet: bool = False
     history: list[Any] = field(default_factory=list)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import ClassVar, NamedTuple
 
@@ -21,11 +22,12 @@ import torch
 from torch import Tensor
 
 from sde.denoiser import Evaluation
-from sde.errors import UserError
+from sde.errors import UserError, check_flag
 from sde.processes import SDE
 from sde.randomness import Noise
 from sde.reverse import ReverseProcess
 from sde.solvers.base import Solver, State
+from sde.solvers.captured import CapturedLoop, captured_loop
 
 
 class Draw(NamedTuple):
@@ -84,14 +86,22 @@ def check_order(order: int, most: int, name: str = "order") -> None:
         raise UserError(f"solver.{name}={order!r} must be a whole number from 1 to {most}")
 
 
+@dataclass(frozen=True)
 class LinearSolver(Solver):
     """A solver given by its stages.
+
+    Args:
+        compile: on a CUDA device, capture a step of the whole loop, network included, as a CUDA graph and replay it:
+            what Python takes to launch kernels no longer counts. Worth it where the network is small; the network must
+            not need the CPU while it computes, nor be compiled with CUDA graphs of its own.
 
     Attributes:
         evaluates: what of the denoiser the stages combine: "eps", "denoised" or "score".
     """
 
     evaluates: ClassVar[str] = "eps"
+
+    compile: bool = field(default=False, kw_only=True)
 
     @property
     def output(self) -> str:
@@ -107,12 +117,29 @@ class LinearSolver(Solver):
 
     def init(self, process: ReverseProcess, times: Sequence[float], x: Tensor) -> State:
         steps = _planned(self, process.sde, tuple(times))
+        check_flag("solver.compile", self.compile)
+        if self.compile:
+            return State(plan=self._capture(steps, process, tuple(times), x))
         at = [stage.time for step in steps for stage in step if stage.time is not None]
         evaluations = iter(process.evaluations(self.output, at, x))
         depth = max((len(stage.terms) for step in steps for stage in step), default=0)
         return State(plan=[[_ready(stage, evaluations, depth) for stage in step] for step in steps])
 
+    def _capture(
+        self, steps: Sequence[Step], process: ReverseProcess, times: tuple[float, ...], x: Tensor
+    ) -> CapturedLoop:
+        if x.device.type != "cuda":
+            raise UserError(f"solver.compile=true captures a CUDA graph and the device is {x.device}: leave it out")
+        loop = captured_loop((self, times), steps, self.output, process.denoiser, x, process.label)
+        loop.start(x, process.label)
+        return loop
+
     def step(self, process: ReverseProcess, x: Tensor, t: float, s: float, state: State, noise: Noise) -> Tensor:
+        if self.compile:
+            loop: CapturedLoop = state.plan
+            loop.advance(state.index, noise)
+            process.nfe += loop.evaluations[state.index]
+            return loop.x.clone()
         history, origin = state.history, x
         for stage in state.plan[state.index]:
             y = x
