@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import sys
 from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 from torch import nn
 
-from sde.errors import UserError, check_choice
+from sde.errors import UserError, check_choice, suggest
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COMPILE = (False, True, "auto", "graphs")
@@ -79,11 +80,19 @@ def _dtype(device: torch.device, precision: str) -> torch.dtype:
     return torch.float32 if slow else PRECISIONS[precision]
 
 
+def check_compile(name: str, how: object) -> None:
+    """Raise `UserError` unless `how`, called `name`, is one of `COMPILE`."""
+    if not isinstance(how, bool) and how not in ("auto", "graphs"):
+        names = [str(choice).lower() for choice in COMPILE]
+        raise UserError(f"{name}={how!r} is not one of {', '.join(names)}{suggest(how, names)}")
+
+
 def compile_network(network: nn.Module, device: torch.device, how: bool | str) -> None:
     """Compile a network in place with torch.compile, as one of `COMPILE` says.
 
     On a CPU compiling costs minutes and makes U-Nets slower: a compiled graph lacks the faster convolutions of
-    `sde/models/winograd.py`. So "auto" and "graphs" leave a network on a CPU as it is.
+    `sde/models/winograd.py`. So "auto" and "graphs" leave a network on a CPU as it is, which
+    is said for "graphs", asked for by name.
 
     Args:
         network: on its device.
@@ -91,7 +100,9 @@ def compile_network(network: nn.Module, device: torch.device, how: bool | str) -
         how: False: not at all. True: in PyTorch's default mode. "auto": the same, on a GPU. "graphs": on a GPU, with
             measured kernels and CUDA graphs ("max-autotune"), which takes longer to compile and more memory.
     """
-    check_choice("compile", str(how).lower(), [str(choice).lower() for choice in COMPILE])
+    check_compile("compile", how)
+    if how == "graphs" and device.type == "cpu":
+        print("compile=graphs is for a GPU: left out on this CPU", file=sys.stderr)
     if how is True or (how == "auto" and device.type == "cuda"):
         network.compile()
     elif how == "graphs" and device.type == "cuda":

@@ -154,14 +154,23 @@ def open_checkpoint(run: Run, which: str | int) -> Checkpoint:
 
 
 def build_denoiser(config: Mapping[str, Any], info: DataInfo) -> Denoiser:
-    """An untrained denoiser as the configuration describes it, for data as `info` describes it."""
+    """An untrained denoiser as the configuration describes it, for data as `info` describes it.
+
+    Raises:
+        UserError: a value that cannot be, or parts that do not fit together.
+    """
     num_classes = info.num_classes if config.get("conditional", False) else 0
     if config.get("conditional", False) and num_classes == 0:
         raise UserError(f"conditional=true needs labels and {info.name} has none: use conditional=false")
     network = build(config["model"], "model", shape=info.shape, num_classes=num_classes)
     sde = build(config["sde"], "sde")
     parameterization = build(config["parameterization"], "parameterization")
-    return Denoiser(network, sde, parameterization)
+    denoiser = Denoiser(network, sde, parameterization)
+    ends = torch.tensor([0.0, sde.T], dtype=torch.float64)
+    noise = parameterization.c_noise(sde, ends, denoiser.label_kind)  # refuses a label that the network does not know
+    if hasattr(network, "check_noise"):
+        network.check_noise(noise)
+    return denoiser
 
 
 def restore_denoiser(checkpoint: Checkpoint, *, ema: bool = True) -> tuple[Denoiser, DataInfo]:

@@ -81,10 +81,18 @@ def test_when_networks_are_compiled(how: bool | str, device: str, expected: dict
     assert network.compile.call_args_list == ([] if expected is None else [mock.call(**expected)])
 
 
+def test_graphs_on_a_cpu_are_left_out_in_so_many_words(capsys: pytest.CaptureFixture[str]) -> None:
+    for how in (False, "auto"):
+        compile_network(mock.Mock(), CPU, how)
+    assert capsys.readouterr() == ("", "")
+    compile_network(mock.Mock(), CPU, "graphs")
+    assert capsys.readouterr() == ("", "compile=graphs is for a GPU: left out on this CPU\n")
+
+
 def test_unknown_ways_to_compile() -> None:
     with pytest.raises(UserError, match="compile='max' is not one of false, true, auto, graphs"):
         compile_network(nn.Linear(1, 1), CPU, "max")
-    with pytest.raises(UserError, match=r"training\.compile='max' is not one of auto, graphs"):
+    with pytest.raises(UserError, match=r"training\.compile='max' is not one of false, true, auto, graphs"):
         TrainingOptions(compile="max")
 
 

@@ -13,8 +13,14 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from sde.config import path_of
+from sde.data import DataInfo
 from sde.errors import UserError
+from sde.interop.chains import SMLDChain
 from sde.models import DDPM, MLP, MODELS, DDPMpp, NCSNpp
+from sde.parameterizations import Eps
+from sde.processes import VE
+from sde.runs import build_denoiser
 from tests.small_models import SMALL, build, distance, inputs, lively, shape_of
 
 CONF = Path(__file__).parents[1] / "conf" / "model"
@@ -260,6 +266,53 @@ def test_ddpmpp_is_ncsnpp_with_other_settings() -> None:
 def test_settings_out_of_range(cls: type, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         cls((2,) if cls is MLP else (3, 32, 32), **settings)
+
+
+@pytest.mark.parametrize("name", ["ncsnpp", "ddpm", "edm2", "unet1d"])
+def test_recomputed_levels_are_at_most_all(name: str) -> None:
+    build(name, recompute_levels=2)
+    with pytest.raises(UserError, match=r"model\.recompute_levels=3 is out of range: .* at least 0 and at most 2$"):
+        build(name, recompute_levels=3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore:var_mean")  # of no examples
+def test_no_examples(name: str) -> None:
+    model, (x, noise) = build(name, 3), inputs(name)
+    for label in (None, torch.zeros(0, dtype=torch.int64)):
+        assert model(x[:0], noise[:0], label).shape == x[:0].shape
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_class_labels_out_of_range(name: str) -> None:
+    model, (x, noise) = build(name, 3), inputs(name)
+    model(x, noise, torch.tensor([0, 2, 3]))
+    for label in (4, -1):
+        with pytest.raises(UserError, match=rf"class label {label} is not one of the 3 classes .* give 0 to 2, or 3"):
+            model(x, noise, torch.tensor([0, label, 3]))
+
+
+@pytest.mark.parametrize(
+    ("parameterization", "message"),
+    [
+        ({"_target_": path_of(Eps)}, "this network is told a place in a table of noise levels: use parameterization="),
+        ({"_target_": path_of(SMLDChain), "n": 1301}, "noise level 1300 is not one of the 1300 of the model"),
+        ({"_target_": path_of(SMLDChain), "n": 1300}, None),
+    ],
+)
+def test_noise_labels_that_a_network_does_not_know(parameterization: dict[str, Any], message: str | None) -> None:
+    """Before anything is trained."""
+    config = {
+        "model": {"_target_": path_of(MODELS.get("ncsn")), **SMALL["ncsn"]},
+        "sde": {"_target_": path_of(VE)},
+        "parameterization": parameterization,
+    }
+    info = DataInfo(name="pictures", shape=(3, 8, 8))
+    if message is None:
+        assert isinstance(build_denoiser(config, info).network, MODELS.get("ncsn"))
+        return
+    with pytest.raises(UserError, match=message):
+        build_denoiser(config, info)
 
 
 def test_shapes_that_do_not_suit() -> None:

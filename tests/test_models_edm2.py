@@ -243,7 +243,7 @@ def test_two_calls_before_one_backward_pass() -> None:
         assert distance(one, p.grad) < 1e-9
 
 
-@pytest.mark.parametrize("levels", [1, 5])
+@pytest.mark.parametrize("levels", [1, 2])
 def test_recomputing_gives_the_same_gradients(levels: int) -> None:
     """To the bit, dropout included."""
     x, noise = inputs("edm2")

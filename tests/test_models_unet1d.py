@@ -331,7 +331,7 @@ def test_any_channels_and_lengths(shape: tuple[int, ...]) -> None:
         ({"dropout": 1.0}, "model.dropout=1.0"),
         ({"activation": "gelu"}, "model.activation='gelu'"),
         ({"fourier_scale": 0}, "model.fourier_scale=0"),
-        ({"recompute_levels": 4}, "model.recompute_levels=4 is out of range: it must be at most 3"),
+        ({"recompute_levels": 4}, "model.recompute_levels=4 is out of range: it must be at least 0 and at most 3"),
         ({"recompute_levels": -1}, "model.recompute_levels=-1"),
     ],
 )

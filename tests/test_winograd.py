@@ -126,6 +126,27 @@ def test_it_is_used_where_it_is_faster_and_nowhere_else() -> None:
     assert relative(compiled(x, weight), F.conv2d(x, weight, padding=1)) < 1e-6
 
 
+@pytest.mark.parametrize("bias", [(1,), (95,), (2, 1), (3, 96), (96, 2), (2, 96, 1)], ids=str)
+def test_biases_that_do_not_fit_are_not_added(bias: tuple[int, ...]) -> None:
+    """As the plain convolution has it: (2, 1) is one number for each example there, and the others are refused."""
+    x, weight, offset = torch.randn(2, 96, 16, 16), torch.randn(96, 96, 3, 3), torch.randn(bias)
+    if bias == (2, 1):
+        assert relative(conv3x3(x, weight, offset), plain(x, weight, offset)) < 1e-6
+        return
+    with pytest.raises((RuntimeError, IndexError)):
+        conv3x3(x, weight, offset)
+
+
+@pytest.mark.parametrize("weight", [(96, 96, 5, 5), (96, 97, 3, 3), (96, 96, 3)], ids=str)
+def test_weights_that_do_not_fit_are_those_of_plain_convolutions(weight: tuple[int, ...]) -> None:
+    x, kernels = torch.randn(2, 96, 16, 16), torch.randn(weight)
+    if weight == (96, 96, 5, 5):
+        assert torch.equal(conv3x3(x, kernels), F.conv2d(x, kernels, padding=1))
+        return
+    with pytest.raises(RuntimeError):
+        conv3x3(x, kernels)
+
+
 def test_workspaces_do_not_leak_from_call_to_call_or_between_modes() -> None:
     """Memory is kept: a smaller problem after a larger one, inside inference mode and out, twice the same."""
     torch.manual_seed(0)
@@ -177,3 +198,16 @@ def test_dropout() -> None:
     torch.testing.assert_close(y, gradient * x, rtol=0, atol=0)
     assert torch.equal(dropout.eval()(x), x)
     assert torch.equal(Dropout(0.0)(x), x)
+
+
+@pytest.mark.parametrize("p", [0.999999, 1 - 2**-12, 2**-12, 2**-18])
+def test_dropout_near_all_and_near_nothing(p: float) -> None:
+    """5 standard errors of the number of entries that are dropped, or that stay."""
+    torch.manual_seed(0)
+    n = 2**22
+    y = Dropout(p)(torch.ones(n))
+    stay = int((y != 0).sum())
+    assert abs(stay - n * (1 - p)) <= 5 * max(1.0, (n * p * (1 - p)) ** 0.5)
+    assert stay < n
+    if stay:
+        assert float(y.max()) == pytest.approx(1 / (1 - p), rel=1e-5)

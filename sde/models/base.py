@@ -23,8 +23,10 @@ To add a model: a file in this folder with `@register("name")` on the class, its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 from sde.errors import UserError, check_number
@@ -34,11 +36,11 @@ MODELS: Registry[nn.Module] = Registry("model")
 register = MODELS.register
 
 
-def check_count(name: str, value: int, at_least: int = 1) -> int:
-    """`value`, or `UserError` unless it is a whole number of at least `at_least`."""
+def check_count(name: str, value: int, at_least: int = 1, at_most: float = math.inf) -> int:
+    """`value`, or `UserError` unless it is a whole number from `at_least` to `at_most`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise UserError(f"{name}={value!r} is not a whole number")
-    check_number(name, value, at_least=at_least)
+    check_number(name, value, at_least=at_least, at_most=at_most)
     return value
 
 
@@ -55,6 +57,21 @@ def check_shape(model: str, shape: tuple[int, ...], axes: str) -> None:
         raise UserError(
             f"model={model} works on examples of shape ({', '.join(axes)}), not {tuple(shape)}; "
             "choose a model that suits the data"
+        )
+
+
+def check_labels(label: Tensor, num_classes: int) -> None:
+    """Raise `UserError` unless class labels are 0 to `num_classes`, the last meaning "no label".
+
+    Only labels on the CPU are looked at: elsewhere that would wait for the device, which has a check of its own.
+    """
+    if label.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return
+    outside = label[(label < 0) | (label > num_classes)]
+    if outside.numel():
+        raise UserError(
+            f"class label {int(outside[0])} is not one of the {num_classes} classes of the model: "
+            f"give 0 to {num_classes - 1}, or {num_classes} for no label"
         )
 
 

@@ -33,7 +33,7 @@ class DDPMpp(UNet):
             EDM does.
         centered: whether data is in [-1, 1]; otherwise it is in [0, 1] and the network maps x to 2x - 1.
         recompute_levels: highest levels whose activations are computed again in the backward pass instead of kept: less
-            memory, up to a third more time.
+            memory, up to a third more time. 0 to the number of levels.
 
     Raises:
         UserError: a setting out of range, or a shape or number of channels that cannot be divided.

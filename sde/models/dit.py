@@ -45,12 +45,16 @@ Rotation = tuple[Tensor, Tensor]
 
 def patchify(x: Tensor, patch_size: int) -> Tensor:
     """Pictures (B, C, H, W) to patches (B, n, C p p), row by row; a patch holds channels, then rows, then columns."""
-    return F.pixel_unshuffle(x, patch_size).flatten(2).transpose(1, 2)
+    batch, channels, height, width = x.shape
+    cut = x.reshape(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
+    return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
     """Patches (B, n, C p p) of a `grid` of (rows, columns) to pictures (B, C, H, W): the inverse of `patchify`."""
-    return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, grid), patch_size)
+    batch, (rows, columns), channels = len(patches), grid, patches.shape[2] // patch_size**2
+    cut = patches.reshape(batch, rows, columns, channels, patch_size, patch_size).permute(0, 3, 1, 4, 2, 5)
+    return cut.reshape(batch, channels, rows * patch_size, columns * patch_size)
 
 
 def coordinates(grid: tuple[int, int], device: torch.device | None = None) -> tuple[Tensor, Tensor]:

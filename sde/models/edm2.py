@@ -94,7 +94,8 @@ class CosineAttention(nn.Module):
         """(B, channels, H, W) to the same."""
         batch, channels, height, width = x.shape
         projected = self.query_key_value(x).permute(0, 2, 3, 1)
-        heads = projected.reshape(batch, height * width, -1, self.head_channels, 3).transpose(1, 2)
+        number = channels // self.head_channels
+        heads = projected.reshape(batch, height * width, number, self.head_channels, 3).transpose(1, 2)
         # One by one, so that each result is dense: fast attention kernels want adjacent channels.
         query, key, value = (normalize(part, (3,)) for part in heads.unbind(4))
         h = attend(query, key, value)
@@ -275,7 +276,8 @@ class EDM2(nn.Module):
         fourier_scale: standard deviation of the Fourier frequencies, in cycles per unit of the noise label
             log(sigma / alpha) / 4, which runs from about -1.7 to 1.3 for common SDEs.
         clip: bound on the absolute value of what a block gives, which keeps float16 finite; None for none.
-        recompute_levels: highest levels whose activations are computed again in the backward pass, not kept.
+        recompute_levels: highest levels whose activations are computed again in the backward pass, not kept; 0 to the number of
+            levels.
 
     Raises:
         UserError: a setting out of range, data that are not pictures, or channels that heads do not divide.
@@ -325,7 +327,7 @@ class EDM2(nn.Module):
         self.num_classes = num_classes
         self.attention_resolutions = check_counts("model.attention_resolutions", attention_resolutions)
         self.head_channels = check_count("model.head_channels", head_channels)
-        self.recompute_levels = check_count("model.recompute_levels", recompute_levels, at_least=0)
+        self.recompute_levels = check_count("model.recompute_levels", recompute_levels, 0, len(multipliers))
         widths = [channels * multiplier for multiplier in multipliers]
         self.embedding = Embedding(widths[0], max(widths), num_classes, fourier_scale, label_balance)
         self.block_settings = {"embedding_size": max(widths), "dropout": dropout, "clip": clip} | balances

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sde.models.base import check_unlabeled
+from sde.models.base import check_labels, check_unlabeled
 from sde.models.layers import linear
 
 
@@ -88,8 +88,15 @@ class ClassEmbedding(nn.Module):
         self.vectors = nn.Embedding(num_classes + 1, size)
 
     def forward(self, label: Tensor | None) -> Tensor:
-        """Labels (B,) int64 to (B, size); None to (1, size), the vector of "no label"."""
-        return self.vectors.weight[-1:] if label is None else self.vectors(label)
+        """Labels (B,) int64 to (B, size); None to (1, size), the vector of "no label".
+
+        Raises:
+            UserError: a label out of range, on the CPU.
+        """
+        if label is None:
+            return self.vectors.weight[-1:]
+        check_labels(label, self.num_classes)
+        return self.vectors(label)
 
 
 class ConditionEmbedding(nn.Module):

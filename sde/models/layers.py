@@ -101,12 +101,14 @@ def group_norm(channels: int, groups: str = "quarter", eps: float = 1e-6) -> nn.
 class Dropout(nn.Dropout):
     """Dropout that needs 16 random bits for an entry on a CPU, where drawing random numbers is what it costs.
 
-    The probability is a multiple of 2^-16 there; the entries that stay are scaled for just that probability.
+    The probability is a multiple of 2^-16 there; the entries that stay are scaled for just that probability. One that
+    is so near to 0 or 1 that this would change it by more than a hundredth is left to PyTorch.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Of any shape, to the same."""
-        if not self.training or self.p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        extreme = min(self.p, 1 - self.p) < 2**-10
+        if not self.training or extreme or x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
         return x * self.noise_like(x)
 

@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sde.models.base import check_labels
+
 EPSILON = 1e-4
 SILU_MAGNITUDE = 0.596  # magnitude of silu(z) for z ~ N(0, 1), rounded as in the paper
 
@@ -161,10 +163,17 @@ class MPClassEmbedding(MPLayer):
 
     def __init__(self, num_classes: int, size: int) -> None:
         super().__init__(num_classes + 1, size)
+        self.num_classes = num_classes
 
     def forward(self, label: Tensor | None) -> Tensor:
-        """Labels (B,) int64 to (B, size); None to (1, size), the vector of "no label"."""
+        """Labels (B,) int64 to (B, size); None to (1, size), the vector of "no label".
+
+        Raises:
+            UserError: a label out of range, on the CPU.
+        """
         vectors = self.weight.t()
+        if label is not None:
+            check_labels(label, self.num_classes)
         chosen = vectors[-1:] if label is None else F.embedding(label, vectors)
         return chosen / self.magnitudes().t().to(chosen.dtype)
 

@@ -99,16 +99,17 @@ class NCSN(nn.Module):
             UserError: class labels for a network without classes, or (on the CPU; elsewhere it is the device that
                 stops) an index out of range.
         """
-        rows: Rows = (self._level(noise), *class_rows(label, self.num_classes, x))
+        self.check_noise(noise)
+        rows: Rows = (noise.floor().to(torch.int64), *class_rows(label, self.num_classes, x))
         return self.refinenet(x if self.centered else 2 * x - 1, rows).to(x.dtype)
 
-    def _level(self, noise: Tensor) -> Tensor:
-        level = noise.floor().to(torch.int64)
-        if level.device.type == "cpu" and not torch.compiler.is_compiling():
-            outside = level[(level < 0) | (level >= self.num_scales)]
-            if outside.numel():
-                raise UserError(
-                    f"noise level {int(outside[0])} is not one of the {self.num_scales} of the model: "
-                    "use parameterization=smld_chain with parameterization.n equal to model.num_scales"
-                )
-        return level
+    def check_noise(self, noise: Tensor) -> None:
+        """Raise `UserError` unless noise labels (on the CPU) are indices of the network's levels."""
+        if noise.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        outside = noise[(noise < 0) | (noise >= self.num_scales)]
+        if outside.numel():
+            raise UserError(
+                f"noise level {float(outside[0]):g} is not one of the {self.num_scales} of the model: "
+                "use parameterization=smld_chain with parameterization.n equal to model.num_scales"
+            )

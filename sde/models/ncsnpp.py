@@ -55,7 +55,7 @@ class NCSNpp(UNet):
         sigma_max: highest noise level of the same.
         num_scales: number of noise levels of the same, in geometric progression.
         recompute_levels: highest levels whose activations are computed again in the backward pass instead of kept: less
-            memory, up to a third more time.
+            memory, up to a third more time. 0 to the number of levels.
 
     Raises:
         UserError: a setting out of range, or a shape or number of channels that cannot be divided.

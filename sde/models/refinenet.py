@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sde.errors import UserError, check_choice, check_flag, check_number
-from sde.models.base import check_count, check_counts, check_unlabeled
+from sde.models.base import check_count, check_counts, check_labels, check_unlabeled
 from sde.models.layers import ACTIVATIONS, conv
 from sde.models.recompute import recompute
 
@@ -454,9 +454,12 @@ def class_rows(label: Tensor | None, num_classes: int, like: Tensor) -> Rows:
         like: a tensor on the device of the rows.
 
     Raises:
-        UserError: class labels for a network without classes.
+        UserError: class labels for a network without classes, or (on the CPU) one out of range.
     """
     if not num_classes:
         check_unlabeled(label)
         return ()
-    return (like.new_full((1,), num_classes, dtype=torch.int64) if label is None else label,)
+    if label is None:
+        return (like.new_full((1,), num_classes, dtype=torch.int64),)
+    check_labels(label, num_classes)
+    return (label,)

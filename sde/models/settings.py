@@ -115,4 +115,5 @@ class UNetSettings:
         check_number("model.sigma_min", self.sigma_min, above=0)
         check_number("model.sigma_max", self.sigma_max, above=self.sigma_min)
         check_count("model.num_scales", self.num_scales, at_least=2)
-        check_count("model.recompute_levels", self.recompute_levels, at_least=0)
+        levels = len(self.channel_multipliers)
+        check_count("model.recompute_levels", self.recompute_levels, at_least=0, at_most=levels)

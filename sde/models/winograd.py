@@ -284,11 +284,18 @@ class WinogradConvolution(torch.autograd.Function):
         return dy
 
 
-def suits(x: Tensor, weight: Tensor) -> bool:
-    """Whether `WinogradConvolution` works for this input and is the faster way."""
+def suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `WinogradConvolution` works for this input and is the faster way.
+
+    What does not fit together takes the plain way too, which says so.
+    """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     if x.device.type != "cpu" or x.dtype is not torch.float32 or weight.dtype is not torch.float32:
+        return False
+    if x.ndim != 4 or weight.shape[1:] != (x.shape[1], KERNEL, KERNEL):
+        return False
+    if bias is not None and bias.shape not in (weight.shape[:1], (len(x), len(weight))):
         return False
     batch, channels, height, width = x.shape
     if height % TILE or width % TILE or batch * height * width < LEAST_TILES * TILE**2:
@@ -315,7 +322,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         with torch.autocast("cpu", enabled=False):
             y = conv3x3(x.float(), weight.float(), None if bias is None else bias.float())
         return y.to(torch.get_autocast_dtype("cpu"))
-    return WinogradConvolution.apply(x, weight, bias) if suits(x, weight) else _plain(x, weight, bias)
+    return WinogradConvolution.apply(x, weight, bias) if suits(x, weight, bias) else _plain(x, weight, bias)
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sde.devices import PRECISIONS
+from sde.devices import PRECISIONS, check_compile
 from sde.errors import UserError, check_choice, check_number
 from sde.registry import Registry
 
@@ -71,8 +71,7 @@ class TrainingOptions:
             check_number(f"training.{name}", getattr(self, name), at_least=least)
         check_number("training.clip", self.clip, at_least=0)
         check_choice("training.precision", self.precision, PRECISIONS)
-        if not isinstance(self.compile, bool):
-            check_choice("training.compile", self.compile, ("auto", "graphs"))
+        check_compile("training.compile", self.compile)
         if self.batch_size % self.accumulation:
             raise UserError(
                 f"training.accumulation={self.accumulation} does not divide training.batch_size={self.batch_size}: "
