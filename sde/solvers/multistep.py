@@ -191,7 +191,8 @@ class GradientEstimation(LinearSolver):
     one. One evaluation a step.
 
     Order 1, for all gamma but 3/2, which is `ipndm` of two values. The published 2 leans twice as far as the slope of
-    eps asks for: a first-order error as large as DDIM's, of the other sign, but with few steps a smaller error.
+    eps asks for: an error as large as DDIM's and of the other sign where steps are many, but smaller where data have
+    separate modes, from some 10 steps on.
 
     Args:
         gamma: weight of the newest eps; 1 is DDIM.

@@ -34,11 +34,12 @@ class UniPC(LinearSolver):
     """UniPC-p, p = `solver_order`: UniP-p predicts, UniC-p corrects (arXiv 2302.04867).
 
     Order p + 1, or p without the corrector, which costs no evaluation: what the network says at the predicted place
-    serves the correction of the step that led there and the prediction of the next. One evaluation a step. Among the
-    published solvers the most accurate for few evaluations.
+    serves the correction of the step that led there and the prediction of the next. One evaluation a step. The most
+    accurate of the published multistep solvers from some 50 steps on.
 
     Args:
-        solver_order: p, values of the predictor, 1 to 3; 1 without corrector is DDIM.
+        solver_order: p, values of the predictor, 1 to 3; 1 without corrector is DDIM. 2 is the choice with guidance,
+            and for rough networks in 20 steps and fewer.
         corrector: whether to correct.
         variant: "bh1" or "bh2": see above.
         prediction: what is interpolated: "denoised" or "eps".
