@@ -43,6 +43,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
             {"predictor": "euler_maruyama", "probability_flow": True},
         )
     ],
+    "dopri5": [{}, {"prediction": "denoised", "variable": "log_snr"}, {"prediction": "eps", "variable": "time"}],
+    "dpm_adaptive": [{}, {"order": 2, "eta": 1.0}],
+    "adaptive_sde": [{}, {"variable": "time", "max_share": 1.0}],
+    # with noise on paths of its own, not in draws: tests/test_solvers_adaptive.py
+    "torchsde": [{"eta": 0.0}, {"eta": 0.0, "method": "euler"}],
     # Langevin dynamics approximates a law, not a flow: no order
     "langevin": [],
     "ald": [],
@@ -61,6 +66,7 @@ CORRECTED: dict[str, list[dict[str, Any]]] = {
         {"corrector": "mala"},
     ],
     "ipndm": [{}],
+    "torchsde": [{}],
     "langevin": [{"steps_per_level": 2}],
     "ald": [{"steps_per_level": 2}, {"steps_per_level": 1, "step_size": 0.1}],
     "mala": [{"steps_per_level": 2}, {"steps_per_level": 1, "warm_up": 1}, {"steps_per_level": 2, "density": "line"}],
@@ -72,6 +78,8 @@ CORRECTED: dict[str, list[dict[str, Any]]] = {
 MULTISTEP = ["adams", "lms", "deis", "ipndm", "gradient_estimation", "dpmpp_2m", "dpmpp_3m", "unipc"]
 # solvers that stay at every time of the grid, the first included: cut in two, they stay at the cut twice
 STAYING = ["langevin", "ald", "mala"]
+# and those that draw the seed of their noise, not the noise: no draw belongs to a step
+SEEDED = ["torchsde"]
 
 
 def variants(*, corrected: bool = True, stepping: bool = False, stochastic: bool | None = None) -> list[Any]:
@@ -80,7 +88,7 @@ def variants(*, corrected: bool = True, stepping: bool = False, stochastic: bool
     for name, cls in SOLVERS.items():
         for options in VARIANTS.get(name, [{}]) + (CORRECTED.get(name, []) if corrected else []):
             solver = with_options(cls(**options), final="none")
-            if stepping and solver.default_steps is None:
+            if stepping and (solver.default_steps is None or (name in SEEDED and solver.stochastic)):
                 continue
             if stochastic is None or solver.stochastic == stochastic:
                 label = "-".join([name, *(f"{k}={v}" for k, v in options.items())])

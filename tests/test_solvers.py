@@ -1139,7 +1139,7 @@ def test_stochastic_solvers_need_noise_and_others_draw_none(solver: Solver) -> N
     if solver.stochastic:
         with pytest.raises(UserError, match="stochastic"):
             solver.solve(process, x, [1.0, 0.5, 0.1])
-        noise = RecordedNoise(normal(20, 2, 1))
+        noise = RecordedNoise(normal(200, 2, 1))
         solver.solve(process, x, [1.0, 0.5, 0.1], noise)
         assert noise.used > 0
     else:
@@ -1157,7 +1157,7 @@ def test_chains_too_short_are_refused() -> None:
 
 @pytest.mark.parametrize("solver", variants())
 def test_the_start_is_left_alone(solver: Solver) -> None:
-    x, draws = normal(3, 1), normal(20, 3, 1, seed=1)
+    x, draws = normal(3, 1), normal(200, 3, 1, seed=1)
     kept, kept_draws = x.clone(), draws.clone()
     solver.solve(ReverseProcess(gaussian(VP())), x, [1.0, 0.6, 0.1], RecordedNoise(draws))
     assert torch.equal(x, kept)

@@ -1,10 +1,13 @@
 """Solvers: ways from noise to data. `SOLVERS` names them; each has a file here and one in `conf/solver/`."""
 
 from sde.solvers.adams import Adams
+from sde.solvers.adaptive_sde import AdaptiveSDE
 from sde.solvers.ancestral import Ancestral, DPMpp2SAncestral, EulerAncestral, ReverseDiffusion
 from sde.solvers.base import SOLVERS, Callback, Solution, Solver, State, register
 from sde.solvers.box_langevin import BoxLangevin
 from sde.solvers.ddim import DDIM
+from sde.solvers.dopri5 import Dopri5
+from sde.solvers.dpm_adaptive import DPMAdaptive
 from sde.solvers.dpm_sde import DPMpp2MSDE, DPMpp3MSDE, DPMppSDE
 from sde.solvers.dpm_solver import DPMpp2S, DPMpp3S, DPMSolver, Exponential
 from sde.solvers.euler_maruyama import EulerMaruyama
@@ -16,6 +19,7 @@ from sde.solvers.pc import PredictorCorrector
 from sde.solvers.runge_kutta import DPM2, RK4, Euler, Midpoint
 from sde.solvers.sa_solver import SASolver
 from sde.solvers.scipy import SciPyODE
+from sde.solvers.torch_sde import TorchSDE
 from sde.solvers.unipc import UniPC
 
 __all__ = [
@@ -28,10 +32,12 @@ __all__ = [
     "RK4",
     "SOLVERS",
     "Adams",
+    "AdaptiveSDE",
     "Ancestral",
     "AnnealedLangevin",
     "BoxLangevin",
     "Callback",
+    "DPMAdaptive",
     "DPMSolver",
     "DPMpp2M",
     "DPMpp2MSDE",
@@ -41,6 +47,7 @@ __all__ = [
     "DPMpp3MSDE",
     "DPMpp3S",
     "DPMppSDE",
+    "Dopri5",
     "Euler",
     "EulerAncestral",
     "EulerMaruyama",
@@ -57,6 +64,7 @@ __all__ = [
     "Solution",
     "Solver",
     "State",
+    "TorchSDE",
     "UniPC",
     "register",
 ]
