@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -426,7 +427,52 @@ def test_a_step_to_no_noise_is_of_first_order_and_never_asks_there(solver: Solve
     same(solution.x, end, rtol=1e-11)
 
 
-# Orders of churn, which the matrix of all solvers leaves out
+# Orders that the matrix of all solvers leaves out
+
+
+@cache
+def reference(sde: SDE) -> tuple[Tensor, Tensor]:
+    """States at noise level 3 and where the flow carries them by level 0.3, to rounding."""
+    low, high = moderate(sde)
+    x = normal(4, 2, seed=2)
+    return x, flow_end_point(mixture(), sde, x, high, low, rtol=1e-13)
+
+
+def order_of(solver: Solver, sde: SDE, n: int) -> float:
+    """Measured on the most awkward grid, of long and short steps."""
+    x, exact = reference(sde)
+    low, high = moderate(sde)
+    denoiser = mixture().denoiser(sde)
+    return observed_order(lambda k: solve(solver, denoiser, x, uneven(high, low, k)) - exact, n, solver.order)
+
+
+@every_sde
+def test_rk4_is_of_order_four(sde: SDE) -> None:
+    # right to (c / n)^2 between n = 40 and 80, and steps are smooth on the scale of c = 7 of them: 0.03
+    assert order_of(RK4(), sde, 40) == pytest.approx(4, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        *(RK4(p, v) for p, v in (("eps", "log_snr"), ("denoised", "time"), ("edm", "noise_level"))),
+        *(Midpoint(p, v) for p, v in (("eps", "time"), ("denoised", "angle"), ("edm", "log_snr"))),
+        *(Exponential(2, p, v) for p, v in (("eps", "log_snr"), ("denoised", "angle"), ("edm", "focused"))),
+        *(Exponential(1, p) for p in ("denoised", "edm")),
+        DPMSolver(1),
+        DPMSolver(2, 0.3),
+        DPMSolver(2, 0.8, "taylor"),
+        DPMSolver(3, 0.2),
+        DPMSolver(3, 0.5, "taylor"),
+        DPMpp2S(0.8),
+        DPMpp2S(0.3, "taylor"),
+        DPMpp3S(0.5),
+        DPMpp3S(0.2, "taylor"),
+    ],
+    ids=str,
+)
+def test_order_under_other_options(solver: Solver) -> None:
+    assert order_of(solver, VP(), 80 if solver.order == 3 else 40) == pytest.approx(solver.order, abs=0.03)
 
 
 @pytest.mark.parametrize(("cls", "order"), [(Euler, 1), (DPM2, 2)])
