@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ import sde.processes
 import sde.solvers
 import sde.training.logging
 import sde.training.options  # noqa: F401 - for the registries
+from sde.data import DATASETS
 from sde.errors import UserError, suggest
 from sde.registry import Registry
 
@@ -185,10 +187,28 @@ def _conform_sequence(name: str, value: Any, origin: Any, arguments: Sequence[An
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
-    """The configuration with all interpolations resolved, as dictionaries, lists and plain values."""
-    container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    """The configuration with all interpolations resolved, as dictionaries, lists and plain values.
+
+    Recipes have options of their own data set; those that another one, chosen in its place, does not take are left out.
+    """
+    container = OmegaConf.to_container(_with_fitting_data(config), resolve=True, throw_on_missing=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def _with_fitting_data(config: DictConfig) -> DictConfig:
+    """`config` without the options that its data set does not take, unless the command line gives them."""
+    node = OmegaConf.select(config, "data")
+    sources = {path_of(cls): cls for _, cls in DATASETS.items()}
+    cls = sources.get(node.get("_target_")) if isinstance(node, DictConfig) else None
+    if cls is None:
+        return config
+    given = {word.lstrip("+").partition("=")[0] for word in sys.argv[1:]}
+    takes = ("_target_", *inspect.signature(cls).parameters)
+    kept = [str(key) for key in node if key in takes or f"data.{key}" in given]
+    config = config.copy()
+    config.data = OmegaConf.masked_copy(node, kept)
+    return config
 
 
 def closest_key(key: str, config: Mapping[str, Any]) -> tuple[list[str], str | None]:

@@ -19,10 +19,12 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from sde.config import build, conf_dir
+from sde.config import build, conf_dir, plain
 from sde.data import DataInfo
 from sde.denoiser import Denoiser
+from sde.errors import UserError
 from sde.models import MODELS
 from sde.runs import build_denoiser
 from sde.sampling import make_times
@@ -111,6 +113,28 @@ def composed(config: str, *overrides: str) -> dict[str, Any]:
 
 def recipe(name: str, *overrides: str) -> dict[str, Any]:
     return composed("train", f"+experiment={name}", *overrides)
+
+
+@pytest.mark.parametrize("name", ["edm_imagenet64", "ffhq256_ve_ncsnpp", "cifar10_ve_ncsnpp"])
+def test_the_data_of_a_recipe_can_be_replaced(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the new data set has in common with the recipe's stays the recipe's."""
+
+    def data(*overrides: str) -> dict[str, Any]:
+        monkeypatch.setattr("sys.argv", ["train", *overrides])
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return plain(compose("train", overrides=[f"+experiment={name}", *overrides]))["data"]
+
+    chosen, recipes = data("data=glyphs"), OmegaConf.load(conf_dir() / "experiment" / f"{name}.yaml").get("data") or {}
+    assert set(chosen) == set(OmegaConf.load(conf_dir() / "data" / "glyphs.yaml"))
+    assert all(chosen[key] == recipes[key] for key in ("size", "test_fraction") if key in recipes)
+    build(chosen, "data")
+    assert set(data("data=moons")) == set(OmegaConf.load(conf_dir() / "data" / "moons.yaml"))
+    if "path" in recipes:
+        with pytest.raises(OmegaConfBaseException, match=r"data\.path"):  # images need theirs as before
+            data("data=images")
+        with pytest.raises(UserError, match=r"data\.path is not an option of Glyphs"):
+            build(data("data=glyphs", "data.path=pictures"), "data")
 
 
 def header(name: str) -> dict[str, str]:

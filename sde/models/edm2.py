@@ -276,8 +276,8 @@ class EDM2(nn.Module):
         fourier_scale: standard deviation of the Fourier frequencies, in cycles per unit of the noise label
             log(sigma / alpha) / 4, which runs from about -1.7 to 1.3 for common SDEs.
         clip: bound on the absolute value of what a block gives, which keeps float16 finite; None for none.
-        recompute_levels: highest levels whose activations are computed again in the backward pass, not kept; 0 to the number of
-            levels.
+        recompute_levels: highest levels whose activations are computed again in the backward pass, not kept; 0 to the
+            number of levels.
 
     Raises:
         UserError: a setting out of range, data that are not pictures, or channels that heads do not divide.
