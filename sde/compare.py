@@ -178,7 +178,8 @@ def trials_of(
     """
     if solver.default_steps is None:
         times = make_times(solver, denoiser, None, None)
-        return [Trial(name, at_tolerance(solver, value), times, None, value) for value in tolerances]
+        wanted_tolerances = tolerances if takes_tolerance(solver) else [None]
+        return [Trial(name, at_tolerance(solver, value), times, None, value) for value in wanted_tolerances]
     trials: dict[tuple[float, ...], Trial] = {}
     for wanted in budgets:
         try:
@@ -190,12 +191,20 @@ def trials_of(
     return list(trials.values())
 
 
+def takes_tolerance(solver: Solver) -> bool:
+    """Whether it has tolerances to set."""
+    return bool(_tolerances(solver))
+
+
+def _tolerances(solver: Solver) -> set[str]:
+    return {field.name for field in dataclasses.fields(solver)} & {"rtol", "atol"}  # type: ignore[arg-type]
+
+
 def at_tolerance(solver: Solver, tolerance: float | None) -> Solver:
     """`solver` with this rtol and atol, as far as it has them; its own for None."""
     if tolerance is None:
         return solver
-    has = {field.name for field in dataclasses.fields(solver)} & {"rtol", "atol"}  # type: ignore[arg-type]
-    return dataclasses.replace(solver, **dict.fromkeys(has, tolerance))  # type: ignore[type-var]
+    return dataclasses.replace(solver, **dict.fromkeys(_tolerances(solver), tolerance))  # type: ignore[type-var]
 
 
 def reference_trials(name: str, solver: Solver, denoiser: AbstractDenoiser, config: Mapping[str, Any]) -> list[Trial]:
@@ -300,7 +309,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], reference: Mapping[str, Any] | N
     """The table of all rows and a sentence about the reference."""
     lines = ["| solver | steps | NFE | ms a sample | error |", "|---|---|---|---|---|"]
     for row in rows:
-        steps = row["steps"] if row["steps"] is not None else f"tolerance {row['tolerance'] or 'its own'}"
+        steps = row["steps"] or ("its own" if row["tolerance"] is None else f"tolerance {row['tolerance']:g}")
         lines.append(f"| {row['solver']} | {steps} | {row['nfe']} | {milliseconds(row)} | {error_text(row)} |")
     if reference is not None:
         lines += [

@@ -164,6 +164,7 @@ class Curve(NamedTuple):
     x: Sequence[float]
     y: Sequence[float]
     shown: bool = True
+    dashed: bool = False
 
 
 def save_curves(
@@ -189,7 +190,8 @@ def save_curves(
             continue
         color = colors[len(ends) % len(colors)] if curve.shown else (0.82, 0.82, 0.82)
         width, size = (1.6, 3.5) if curve.shown else (0.8, 0)
-        axes.plot(*zip(*points, strict=True), color=color, lw=width, marker="o", ms=size, zorder=2 + curve.shown)
+        style = {"color": color, "lw": width, "ls": "--" if curve.dashed else "-", "zorder": 2 + curve.shown}
+        axes.plot(*zip(*points, strict=True), marker="o", ms=size, **style)
         if curve.shown:
             ends.append((*points[-1], curve.name, color))
     if floor is not None:
