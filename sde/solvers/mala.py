@@ -185,7 +185,7 @@ def metropolis_move(
         UserError: for density="exact" on a denoiser without `log_prob`.
     """
     log_prob = _density(process, t, density)
-    rule = _lobatto(nodes)
+    rule = lobatto(nodes)
 
     def move(x: Tensor, noise: Noise) -> Tensor:
         uniforms = _LogUniforms(x, noise)
@@ -275,7 +275,7 @@ class _LogUniforms:
         return self.draw[:, k]
 
 
-def _lobatto(n: int) -> list[tuple[float, float]]:
+def lobatto(n: int) -> list[tuple[float, float]]:
     """(node, weight) of the Gauss-Lobatto rule of n nodes on [0, 1]: the ends, and where P_(n-1) is stationary."""
     legendre = np.polynomial.legendre.Legendre.basis(n - 1)
     nodes = np.concatenate([[-1.0], np.sort(legendre.deriv().roots().real), [1.0]])
