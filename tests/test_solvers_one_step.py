@@ -77,7 +77,7 @@ def test_names_of_one_method(sde: SDE) -> None:
     for t, s in pairwise(times):
         level = (float(sde.noise_level(s)) - float(sde.noise_level(t))) * float(sde.alpha(s))
         by_hand = float(sde.alpha(s) / sde.alpha(t)) * by_hand + level * denoiser.eps(by_hand, t)
-    one = {
+    one: dict[str, Solver] = {
         "euler": Euler(),
         "ddim": DDIM(),
         "dpm_solver": DPMSolver(order=1),
@@ -91,6 +91,7 @@ def test_names_of_one_method(sde: SDE) -> None:
         same(solve(Heun(), denoiser, x, [times[0], 0.0]), solve(Euler(), denoiser, x, [times[0], 0.0]))
     two = [DPM2(), DPMSolver(order=2), DPMSolver(order=2, r1=0.5)]
     a, b, c = (solve(solver, denoiser, x, times) for solver in two)
+    same(solve(Exponential(2, "eps", "noise_level"), denoiser, x, times), solve(Heun(), denoiser, x, times))
     same(a, b)
     same(a, c)
     # the polynomial through two values and its value at their middle differ at order three only

@@ -135,7 +135,7 @@ class DPMpp2S(LinearSolver):
 @register("dpmpp_3s")
 @dataclass(frozen=True)
 class DPMpp3S(LinearSolver):
-    """DPM-Solver++ of third order in one step: DPM-Solver-3 for the denoised x_0 (arXiv 2211.01095, appendix).
+    """DPM-Solver++ of third order in one step: DPM-Solver-3 for the denoised x_0 (arXiv 2211.01095).
 
     Order 3; three evaluations a step (one for a step that ends at u = 0).
 
@@ -168,9 +168,9 @@ class DPMpp3S(LinearSolver):
 class Exponential(LinearSolver):
     """Exponential Euler and exponential Heun: the value at the beginning held, or a line through those at both ends.
 
-    Order `order`; as many evaluations a step (one for a step that ends at u = 0). With prediction "eps" order 1 is
-    DDIM; with "denoised" it is DDIM as well. The defaults interpolate EDM's F, which leaves nothing to approximate but
-    how the data differ from a Gaussian of their standard deviation.
+    Order `order`; as many evaluations a step (one for a step that ends at u = 0). With prediction "eps" or
+    "denoised" order 1 is DDIM, and order 2 over "noise_level" with "eps" is `heun`. The defaults interpolate EDM's F,
+    which leaves nothing to approximate but how the data differ from a Gaussian of their standard deviation.
 
     Args:
         order: 1 (Euler) or 2 (Heun).
