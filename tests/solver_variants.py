@@ -18,6 +18,17 @@ from tests.problems import with_options
 # Option sets under which a solver is a method of its own. A solver that is not named here is tested as it comes.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "euler_maruyama": [{}, {"eta": 0.7}, {"eta": 0.0}],
+    "reverse_diffusion": [{}, {"eta": 0.0}],
+    "ancestral": [{}, {"eta": 0.0}],
+    "dpmpp_2s_ancestral": [{}, {"eta": 0.0}],
+    "dpmpp_sde": [{}, {"eta": 0.5}, {"r": 0.7, "eta": 0.0}],
+    # those of more values need more steps to show an order under noise: tests/test_solvers_sde.py
+    "dpmpp_2m_sde": [{"few_steps": 0}, {"few_steps": 0, "solver_type": "heun"}],
+    "dpmpp_3m_sde": [{"few_steps": 0, "eta": 0.0}],
+    "sa_solver": [
+        {"predictor_order": 1, "corrector_order": 2, "few_steps": 0},
+        {"predictor_order": 3, "corrector_order": 4, "tau": 0.0, "few_steps": 0},
+    ],
     "heun": [{}, {"s_churn": 5.0}],
     "ddim": [{}, {"eta": 1.0}],
     # its error soon falls below that of the reference: tests/test_solvers_one_step.py
@@ -63,6 +74,9 @@ CORRECTED: dict[str, list[dict[str, Any]]] = {
         {"predictor": "dpmpp_2s_ancestral"},
         {"corrector": "mala"},
     ],
+    "dpmpp_2m_sde": [{}],
+    "dpmpp_3m_sde": [{}],
+    "sa_solver": [{}, {"predictor_order": 4, "corrector_order": 5, "few_steps": 0, "tau_low": 0.6}],
     "ipndm": [{}],
     "torchsde": [{}],
     "langevin": [{"steps_per_level": 2}],
@@ -74,6 +88,7 @@ CORRECTED: dict[str, list[dict[str, Any]]] = {
 
 # solvers that remember earlier steps: they cannot be interrupted, and start at lower orders than they reach
 MULTISTEP = ["adams", "lms", "deis", "ipndm", "gradient_estimation", "dpmpp_2m", "dpmpp_3m", "unipc"]
+MULTISTEP += ["dpmpp_2m_sde", "dpmpp_3m_sde", "sa_solver"]
 # solvers that stay at every time of the grid, the first included: cut in two, they stay at the cut twice
 STAYING = ["langevin", "ald", "mala"]
 # and those that draw the seed of their noise, not the noise: no draw belongs to a step
