@@ -76,7 +76,7 @@ CORRECTED: dict[str, list[dict[str, Any]]] = {
     ],
     "dpmpp_2m_sde": [{}],
     "dpmpp_3m_sde": [{}],
-    "sa_solver": [{}, {"predictor_order": 4, "corrector_order": 5, "few_steps": 0, "tau_low": 0.6}],
+    "sa_solver": [{}, {"predictor_order": 4, "corrector_order": 5, "few_steps": 0, "tau_high": 1.5}],
     "ipndm": [{}],
     "torchsde": [{}],
     "langevin": [{"steps_per_level": 2}],

@@ -90,7 +90,8 @@ def run(solver: Solver, sde: SDE, x: Tensor, times: Sequence[float], noise: Nois
 
 def places(sde: SDE, low: float = 0.3, high: float = 3.0, n: int = 8) -> list[float]:
     """Long and short steps between two noise levels."""
-    return uneven(*reversed(moderate(sde, low, high)), n)
+    end, start = moderate(sde, low, high)
+    return uneven(start, end, n)
 
 
 def even(sde: SDE, low: float, high: float, n: int) -> list[float]:
@@ -158,7 +159,8 @@ def k_multistep_sde(
     denoise: Denoise, y: Tensor, levels: Sequence[float], z: Sequence[Tensor], eta: float, s_noise: float, kind: str
 ) -> Tensor:
     """sample_dpmpp_2m_sde for the kinds "midpoint" and "heun", sample_dpmpp_3m_sde for "3m"."""
-    steps, old = [], []
+    steps: list[float] = []
+    old: list[Tensor] = []
     for (u, s), draw in zip(pairwise(levels), z, strict=False):
         d = denoise(y, u)
         if s == 0:
@@ -193,7 +195,7 @@ K_DIFFUSION: list[tuple[str, Callable[..., Tensor], Callable[..., Solver], dict[
     ("dpmpp_2m_sde-heun", k_multistep_sde, DPMpp2MSDE, {"kind": "heun"}),
     ("dpmpp_3m_sde", k_multistep_sde, DPMpp3MSDE, {"kind": "3m"}),
 ]
-OURS = {
+OURS: dict[str, dict[str, Any]] = {
     "midpoint": {"solver_type": "midpoint", "few_steps": 0},
     "heun": {"solver_type": "heun", "few_steps": 0},
     "3m": {"published": True, "few_steps": 0},
@@ -320,7 +322,7 @@ def test_dpmpp_sde_of_diffusers() -> None:
         for j, u in enumerate((levels[i], math.sqrt(levels[i] * levels[i + 1]))):
             eps = denoiser.eps(y * (1 + u * u) ** -0.5, float(sde.t_of_noise_level(u)))
             y = scheduler.step(eps, scheduler.timesteps[2 * i + j], y).prev_sample
-    got = along(DPMppSDE(), levels[: count + 1], draws)
+    got = along(DPMppSDE(), levels[: count + 1], list(draws))
     torch.testing.assert_close(got, y * alphas[count], rtol=1e-9, atol=1e-9)
 
 
