@@ -179,12 +179,18 @@ class SampleNoise:
         seeds = _sample_seeds(seed, groups.numbers)
         generators = [torch.Generator(device).manual_seed(value) for value in seeds]
         self._fill = [partial(part.normal_, generator=g) for part, g in zip(groups.parts, generators, strict=True)]
-        self._copy = groups.copy  # a solver may hold a draw while the next is made
+        self._samples, self._copy = groups.samples, groups.copy
 
     def __call__(self, t: float | None = None, s: float | None = None) -> Tensor:
         for fill in self._fill:
             fill()
-        return self._copy()
+        return self._copy()  # a solver may hold a draw while the next is made
+
+    def lend(self, t: float | None = None, s: float | None = None) -> Tensor:
+        """The same draw in memory that the next one overwrites: for what is used at once."""
+        for fill in self._fill:
+            fill()
+        return self._samples()
 
 
 class BatchNoise:

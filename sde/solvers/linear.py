@@ -13,7 +13,7 @@ and a process; `LinearSolver.step` is all that runs beside the network.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import ClassVar, NamedTuple
@@ -21,7 +21,6 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from sde.denoiser import Evaluation
 from sde.errors import UserError, check_flag
 from sde.processes import SDE
 from sde.randomness import Noise
@@ -116,14 +115,12 @@ class LinearSolver(Solver):
         """
 
     def init(self, process: ReverseProcess, times: Sequence[float], x: Tensor) -> State:
-        steps = _planned(self, process.sde, tuple(times))
         check_flag("solver.compile", self.compile)
         if self.compile:
+            steps = _planned(self, process.sde, tuple(times))
             return State(plan=self._capture(steps, process, tuple(times), x))
-        at = [stage.time for step in steps for stage in step if stage.time is not None]
-        evaluations = iter(process.evaluations(self.output, at, x))
-        depth = max((len(stage.terms) for step in steps for stage in step), default=0)
-        return State(plan=[[_ready(stage, evaluations, depth) for stage in step] for step in steps])
+        ready, at, corrects = _readied(self, process.sde, tuple(times))
+        return State(plan=(ready, process.evaluations(self.output, at, x), corrects))
 
     def _capture(
         self, steps: Sequence[Step], process: ReverseProcess, times: tuple[float, ...], x: Tensor
@@ -140,63 +137,75 @@ class LinearSolver(Solver):
             loop.advance(state.index, noise)
             process.nfe += loop.evaluations[state.index]
             return loop.x.clone()
+        steps, evaluations, corrects = state.plan
         history, origin = state.history, x
-        for stage in state.plan[state.index]:
+        for base, terms, draws, moves, keep, again, evaluation, mix, depth in steps[state.index]:
             y = x
-            if stage.moves:
-                y = _combine(state.origin if stage.again else x, stage, history, noise)
-                if stage.keep:
-                    origin, x = x, y
-            if stage.evaluation is not None:
-                m = stage.evaluation(y)
-                history.insert(0, torch.add(m, y, alpha=stage.mix) if stage.mix else m)
-                del history[stage.depth :]
-        state.origin = origin
+            if moves:
+                y = _combine(state.origin if again else x, base, terms, history)
+                if draws:
+                    lend = getattr(noise, "lend", noise)  # a draw that is used at once needs no memory of its own
+                    for scale, t, s in draws:
+                        y.add_(lend(t, s), alpha=scale)
+                if keep:
+                    if corrects:
+                        origin = x
+                    x = y
+            if evaluation is not None:
+                m = evaluations[evaluation](y)
+                history.insert(0, torch.add(m, y, alpha=mix) if mix else m)
+                del history[depth:]
+        if corrects:  # or a state that nobody needs would take a place in the cache
+            state.origin = origin
         return x
 
 
 class _Ready(NamedTuple):
-    """A `Stage` with its zeros gone and its evaluation settled."""
+    """A `Stage` with its zeros gone; what is asked of it in every step, in the order in which `step` unpacks it."""
 
-    moves: bool
-    keep: bool
     base: float
     terms: tuple[tuple[int, float], ...]
     draws: tuple[Draw, ...]
-    evaluation: Evaluation | None
-    mix: float
+    moves: bool
+    keep: bool
     again: bool
+    evaluation: int | None  # which of the grid's evaluations
+    mix: float
     depth: int  # of the history
 
 
-def _combine(x: Tensor, stage: _Ready, history: list[Tensor], noise: Noise) -> Tensor:
-    """y, in memory of its own."""
-    terms = stage.terms
-    if stage.base != 1:
-        y = x * stage.base
-    elif terms:
-        y = torch.add(x, history[terms[0][0]], alpha=terms[0][1])
-        terms = terms[1:]
-    elif stage.draws:
-        scale, t, s = stage.draws[0]
-        return _add_draws(torch.add(x, noise(t, s), alpha=scale), stage.draws[1:], noise)
+def _combine(x: Tensor, base: float, terms: Sequence[tuple[int, float]], history: Sequence[Tensor]) -> Tensor:
+    """y without its draws, in memory of its own."""
+    if base == 1 and terms:
+        (j, weight), *terms = terms
+        y = torch.add(x, history[j], alpha=weight)
     else:
-        return x
+        y = x * base
     for j, weight in terms:
         y.add_(history[j], alpha=weight)
-    return _add_draws(y, stage.draws, noise) if stage.draws else y
-
-
-def _add_draws(y: Tensor, draws: Sequence[Draw], noise: Noise) -> Tensor:
-    for scale, t, s in draws:
-        y.add_(noise(t, s), alpha=scale)
     return y
 
 
-def _ready(stage: Stage, evaluations: Iterator[Evaluation], depth: int) -> _Ready:
-    terms = tuple((j, weight) for j, weight in enumerate(stage.terms) if weight != 0)
-    evaluation = None if stage.time is None else next(evaluations)
-    return _Ready(stage.moves, stage.keep, stage.base, terms, stage.draws, evaluation, stage.mix, stage.again, depth)
+@lru_cache(maxsize=256)
+def _readied(
+    solver: LinearSolver, sde: SDE, times: tuple[float, ...]
+) -> tuple[tuple[tuple[_Ready, ...], ...], list[float], bool]:
+    """The plan as `step` reads it, the times of the evaluations in it, and whether it has correctors."""
+    steps = _planned(solver, sde, times)
+    depth = max((len(stage.terms) for step in steps for stage in step), default=0)
+    at: list[float] = []
+
+    def ready(stage: Stage) -> _Ready:
+        terms = tuple((j, weight) for j, weight in enumerate(stage.terms) if weight != 0)
+        place = None if stage.time is None else len(at)
+        if stage.time is not None:
+            at.append(stage.time)
+        return _Ready(
+            stage.base, terms, stage.draws, stage.moves, stage.keep, stage.again, place, stage.mix, depth
+        )  # fmt: skip
+
+    corrects = any(stage.again for step in steps for stage in step)
+    return tuple(tuple(ready(stage) for stage in step) for step in steps), at, corrects
 
 
 @lru_cache(maxsize=256)
