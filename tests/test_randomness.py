@@ -65,6 +65,20 @@ def test_a_draw_stays_what_it_was() -> None:
             fresh.zero_()
 
 
+def test_a_draw_that_is_lent_is_the_same_and_goes_with_the_next() -> None:
+    given, lent = (SampleNoise(3, [5, 6, 2], (2,)) for _ in range(2))
+    assert torch.equal(given(), lent.lend())
+    kept = lent.lend()
+    second = given()
+    assert torch.equal(second, kept)
+    # consecutive samples are lent as they lie in the room that is filled again
+    consecutive = SampleNoise(3, range(4), (2,))
+    first = consecutive.lend()
+    before = first.clone()
+    consecutive.lend()
+    assert not torch.equal(first, before)
+
+
 def test_the_interval_changes_nothing() -> None:
     noise, again = SampleNoise(1, range(3), (4,)), SampleNoise(1, range(3), (4,))
     assert torch.equal(noise(0.7, 0.4), again())
