@@ -211,7 +211,8 @@ class Focused(Grid):
     Per unit of log u there are 1 + 2 focus c u / (u^2 + c^2) steps, 1 + focus at the center c. Most of what a picture
     is gets decided at noise levels around half the data's standard deviation; `logsnr` spends as many steps far above
     and below. Unlike with `cosine`, noise levels never fall by a large factor in one step, which networks that
-    predict the noise do not bear at high levels.
+    predict the noise do not bear at high levels. More focus is better with exact scores, and with networks that were
+    preconditioned at high noise (EDM's).
 
     Args:
         center: noise level sigma / alpha of the densest steps; 0.25 for data of standard deviation 0.5.
@@ -219,7 +220,7 @@ class Focused(Grid):
     """
 
     center: float = 0.25
-    focus: float = 2.0
+    focus: float = 1.0
 
     def __post_init__(self) -> None:
         check_number("grid.center", self.center, above=0)

@@ -40,7 +40,7 @@ class Interpolation:
         prediction: "eps", "denoised" or "edm": see above.
         variable: "noise_level" u = sigma / alpha; "log_snr" -2 log u; "angle" arctan(u / sigma_data), in which the
             flow of Gaussian data turns at constant speed; "focused" log u + 4 arctan(2 u / sigma_data), in which the
-            grid of that name has equal steps; or "time" t.
+            grid of that name has equal steps for a focus of 2; or "time" t.
         sigma_data: standard deviation of the data; 0.5 for data in [-1, 1] as EDM has it.
     """
 
