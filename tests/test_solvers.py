@@ -109,7 +109,7 @@ def reference(sde: SDE) -> tuple[Tensor, Tensor]:
     low, high = moderate(sde)
     law = mixture()
     x = sde.perturb(law.denoiser(sde).sample(4, generator(1)), high, normal(4, 2, seed=2))
-    return x, flow_end_point(law, sde, x, high, low)
+    return x, flow_end_point(law, sde, x, high, low, rtol=1e-13)
 
 
 @pytest.mark.parametrize(("sde", "place"), orders_on())
@@ -122,8 +122,10 @@ def test_order_of_the_end_point(solver: Solver, sde: SDE, place: PlaceTimes) -> 
     def error(n: int) -> Tensor:
         return solve(solver, denoiser, x, graded(place(high, low, n))) - exact
 
-    # right to (c / n)^2 between n = 40 and 80, and steps are smooth on the scale of c = 7 of them: 0.03
-    assert observed_order(error, 40 if solver.order < 3 else 100, solver.order) == pytest.approx(solver.order, abs=0.03)
+    # right to (c / n)^2 between n and 2n, and steps are smooth on the scale of c = 7 of them, and of more for formulas
+    # that reach over several; from order 4 on, n is bounded by the rounding of errors of 1e-12
+    n, tolerance = {1: (40, 0.03), 2: (80, 0.03), 3: (200, 0.05)}.get(solver.order, (100, 0.05))
+    assert observed_order(error, n, solver.order) == pytest.approx(solver.order, abs=tolerance)
 
 
 @plain_sde
@@ -487,7 +489,7 @@ def test_heun_is_algorithm_one() -> None:
     expected = edm_algorithm(denoiser.denoised, x, [*times, 0.0], [])
     # d = (x - D) / t loses three digits at t = 0.002
     process = ReverseProcess(denoiser)
-    solution = Heun().solve(process, x, times)
+    solution = Heun(final="tweedie").solve(process, x, times)
     torch.testing.assert_close(solution.x, expected, rtol=1e-11, atol=1e-11)
     assert solution.nfe == 2 * 18 - 1  # the paper's count for 18 levels
     # "tweedie" is the Euler step to zero
