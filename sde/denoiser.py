@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sde.broadcast import Time, as_tensor, expand
 from sde.errors import UserError
-from sde.parameterizations import Parameterization, ScalarRow, scalar_input, scalar_row
+from sde.parameterizations import Parameterization, ScalarRow, scalar_input, scalar_row, scalar_table
 from sde.processes import SDE
 
 Evaluation = Callable[[Tensor], Tensor]
@@ -129,22 +129,13 @@ class Denoiser(AbstractDenoiser):
         self, name: str, times: Sequence[float], like: Tensor, label: Tensor | None = None
     ) -> list[Evaluation]:
         """As in the base class: all coefficients in float64, and the noise labels on the device, once per grid."""
-        inputs = [scalar_input(self.parameterization, self.sde, t, self.label_kind) for t in times]
-        labels = torch.tensor([noise for _, noise in inputs], dtype=torch.float64).to(like.device, like.dtype)
-        rows = [scalar_row(self.parameterization, name, self.sde, t) for t in times]
-        return [
-            self._evaluation(scale, c_noise, row, label)
-            for (scale, _), c_noise, row in zip(inputs, labels[:, None].expand(-1, len(like)), rows, strict=True)
-        ]
-
-    def _evaluation(self, scale: float, c_noise: Tensor, row: ScalarRow, label: Tensor | None) -> Evaluation:
+        table = scalar_table(self.parameterization, name, self.sde, tuple(times), self.label_kind)
+        labels = torch.tensor([noise for _, noise, _ in table], dtype=torch.float64).to(like.device, like.dtype)
         network, own = self.network, not getattr(self.network, "reuses_output", False)
-
-        def evaluate(x: Tensor) -> Tensor:
-            f = network(x if scale == 1 else x * scale, c_noise, label)
-            return combine(x, f if f.dtype == x.dtype else f.to(x.dtype), row, own)
-
-        return evaluate
+        return [
+            _evaluation(network, own, scale, c_noise, row, label)
+            for (scale, _, row), c_noise in zip(table, labels[:, None].expand(-1, len(like)).unbind(), strict=True)
+        ]
 
     def eps_error(self, x0: Tensor, z: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """As in the base class, with the network compared to its own target: nothing cancels at small noise."""
@@ -155,6 +146,16 @@ class Denoiser(AbstractDenoiser):
         target = expand(p, x0) * x0 + expand(q, x0) * z
         scale = self.parameterization.row("eps", self.sde, exact).F.to(x0.dtype)
         return expand(scale, x0) * (f - target)
+
+
+def _evaluation(
+    network: nn.Module, own: bool, scale: float, c_noise: Tensor, row: ScalarRow, label: Tensor | None
+) -> Evaluation:
+    def evaluate(x: Tensor) -> Tensor:
+        f = network(x if scale == 1 else x * scale, c_noise, label)
+        return combine(x, f if f.dtype == x.dtype else f.to(x.dtype), row, own)
+
+    return evaluate
 
 
 def combine(x: Tensor, f: Tensor, row: ScalarRow, own: bool) -> Tensor:

@@ -258,3 +258,13 @@ def scalar_row(parameterization: Parameterization, output: str, sde: SDE, t: flo
 def scalar_input(parameterization: Parameterization, sde: SDE, t: float, label: str) -> tuple[float, float]:
     """(c_in, c_noise) at a time given as a number."""
     return parameterization.c_in(sde, t).item(), parameterization.c_noise(sde, t, label).item()
+
+
+@lru_cache(maxsize=256)
+def scalar_table(
+    parameterization: Parameterization, output: str, sde: SDE, times: tuple[float, ...], label: str
+) -> tuple[tuple[float, float, ScalarRow], ...]:
+    """(c_in, c_noise, row) at each of `times`, looked up at once for a whole grid."""
+    return tuple(
+        (*scalar_input(parameterization, sde, t, label), scalar_row(parameterization, output, sde, t)) for t in times
+    )
