@@ -7,8 +7,8 @@ The denoiser returns a fixed tensor. Every fixed-step solver of the registry is 
 kind: the same arithmetic on tensors in straight-line Python, all scalars computed beforehand, nothing counted, nothing
 checked, nothing chosen. For a `LinearSolver` that loop is written out from its table of coefficients, step by step; for
 the others it is one of four written by hand (Euler, Heun, DPM-Solver++ 2M, Euler-Maruyama): as many steps of Euler's or
-Euler and Maruyama's as they have evaluations. Bare loops draw noise for the whole batch from one generator; ours per sample (`SampleNoise`), its generators made anew for
-each run. Schedulers of diffusers run where that is installed.
+Euler and Maruyama's as they have evaluations. Bare loops draw noise for the whole batch from one generator; ours per
+sample (`SampleNoise`), its generators made anew for each run. Schedulers of diffusers run where that is installed.
 
 All take turns within a round; times are medians over rounds, ratios the medians of each round's ratio, so that a
 machine that gets slower meanwhile does not change them. With one thread it is the time of that thread on the processor,
@@ -40,7 +40,8 @@ from sde.randomness import SampleNoise
 from sde.reverse import ReverseProcess
 from sde.sampling import count_evaluations, make_times
 from sde.solvers import SOLVERS, Solver
-from sde.solvers.linear import LinearSolver, Stage
+from sde.solvers.linear import LinearSolver
+from sde.solvers.stages import Stage
 
 CASES = {"points": (10_000, 2), "pictures": (64, 3, 32, 32)}
 SLOW = ("torchsde",)  # makes every sample's Brownian path by itself: milliseconds a sample and step

@@ -11,7 +11,8 @@ from sde.errors import check_flag, check_number
 from sde.processes import SDE
 from sde.solvers.base import register
 from sde.solvers.levels import Interpolation, Levels
-from sde.solvers.linear import LinearSolver, Stage, Step, arrive, check_order, evaluate_at
+from sde.solvers.linear import LinearSolver, check_order
+from sde.solvers.stages import Stage, Step, arrive, evaluate_at
 
 
 @register("adams")

@@ -22,8 +22,9 @@ from sde.errors import check_number
 from sde.processes import SDE
 from sde.solvers.base import register
 from sde.solvers.levels import Levels
-from sde.solvers.linear import Draw, LinearSolver, Stage, Step, arrive, evaluate_at
+from sde.solvers.linear import LinearSolver
 from sde.solvers.predictors import exact_kernel, reverse_diffusion
+from sde.solvers.stages import Draw, Stage, Step, arrive, evaluate_at
 
 
 def split(u_t: float, u_s: float, eta: float) -> tuple[float, float]:

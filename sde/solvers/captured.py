@@ -12,16 +12,14 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sde.denoiser import AbstractDenoiser
 from sde.randomness import Noise
-
-if TYPE_CHECKING:
-    from sde.solvers.linear import Stage
+from sde.solvers.stages import Stage
 
 _WARM_UP = 3  # runs before capture, as CUDA libraries choose their kernels and workspaces in the first ones
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sde.errors import check_number
 from sde.solvers.levels import Levels
-from sde.solvers.linear import Draw, Stage, arrive, evaluate_at
+from sde.solvers.stages import Draw, Stage, arrive, evaluate_at
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from sde.processes import SDE
 from sde.solvers.ancestral import split
 from sde.solvers.base import register
 from sde.solvers.levels import Levels
-from sde.solvers.linear import Draw, LinearSolver, Step, arrive, evaluate_at
+from sde.solvers.linear import LinearSolver
+from sde.solvers.stages import Draw, Step, arrive, evaluate_at
 
 
 @register("ddim")

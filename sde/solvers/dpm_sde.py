@@ -21,9 +21,10 @@ from sde.processes import SDE
 from sde.solvers.ancestral import split
 from sde.solvers.base import register
 from sde.solvers.levels import Levels
-from sde.solvers.linear import Draw, LinearSolver, Stage, Step, arrive, evaluate_at
+from sde.solvers.linear import LinearSolver
 from sde.solvers.multistep import SOLVER_TYPES, counts
 from sde.solvers.sa_solver import NoiseRate, predict
+from sde.solvers.stages import Draw, Stage, Step, arrive, evaluate_at
 
 
 @register("dpmpp_sde")

@@ -20,7 +20,8 @@ from sde.processes import SDE
 from sde.solvers.adams import check_order
 from sde.solvers.base import register
 from sde.solvers.levels import Interpolation, Levels
-from sde.solvers.linear import LinearSolver, Stage, Step, arrive, evaluate_at
+from sde.solvers.linear import LinearSolver
+from sde.solvers.stages import Stage, Step, arrive, evaluate_at
 
 SOLVER_TYPES = ("dpmsolver", "taylor")
 _R2 = 2 / 3  # third order asks for this place of the last stage, wherever the other one is

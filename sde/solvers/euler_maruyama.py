@@ -10,8 +10,9 @@ from typing import ClassVar
 from sde.errors import check_number
 from sde.processes import SDE
 from sde.solvers.base import register
-from sde.solvers.linear import Draw, LinearSolver, Step, arrive, evaluate_at
+from sde.solvers.linear import LinearSolver
 from sde.solvers.predictors import euler_maruyama
+from sde.solvers.stages import Draw, Step, arrive, evaluate_at
 
 
 @register("euler_maruyama")

@@ -11,8 +11,9 @@ from sde.processes import SDE
 from sde.solvers.base import register
 from sde.solvers.churn import Churn
 from sde.solvers.levels import Levels
-from sde.solvers.linear import LinearSolver, Step
+from sde.solvers.linear import LinearSolver
 from sde.solvers.runge_kutta import FLOW, TRAPEZOID, runge_kutta
+from sde.solvers.stages import Step
 
 
 @register("heun")

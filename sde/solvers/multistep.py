@@ -31,7 +31,8 @@ from sde.errors import check_choice, check_number
 from sde.processes import SDE
 from sde.solvers.base import register
 from sde.solvers.levels import Interpolation, Levels
-from sde.solvers.linear import LinearSolver, Step, arrive, check_order, evaluate_at
+from sde.solvers.linear import LinearSolver, check_order
+from sde.solvers.stages import Step, arrive, evaluate_at
 
 Formula = Callable[[int, int, Sequence[int]], tuple[float, tuple[float, ...]]]
 """(decay, weights) of the step from place i to place j with the values at some nodes, as `Levels.formula` has it."""

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from sde.errors import UserError
 from sde.processes import SDE, Discretization
-from sde.solvers.linear import Draw, LinearSolver, Step, arrive, evaluate_at
+from sde.solvers.linear import LinearSolver
+from sde.solvers.stages import Draw, Step, arrive, evaluate_at
 
 
 class LinearStep(NamedTuple):

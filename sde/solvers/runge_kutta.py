@@ -24,7 +24,8 @@ from sde.processes import SDE
 from sde.solvers.base import register
 from sde.solvers.churn import Churn
 from sde.solvers.levels import Interpolation, Levels
-from sde.solvers.linear import LinearSolver, Stage, Step, arrive, evaluate_at
+from sde.solvers.linear import LinearSolver
+from sde.solvers.stages import Stage, Step, arrive, evaluate_at
 
 VARIABLES = ("angle", "log_snr", "noise_level", "time")
 

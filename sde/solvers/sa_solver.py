@@ -24,8 +24,9 @@ from sde.errors import UserError, check_number
 from sde.processes import SDE
 from sde.solvers.base import register
 from sde.solvers.levels import Levels, lagrange
-from sde.solvers.linear import Draw, LinearSolver, Stage, Step, arrive, check_order, evaluate_at
+from sde.solvers.linear import LinearSolver, check_order
 from sde.solvers.multistep import counts, newest
+from sde.solvers.stages import Draw, Stage, Step, arrive, evaluate_at
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(20)
 _REACH = 8.0  # growth exponent over which 20 nodes integrate to rounding

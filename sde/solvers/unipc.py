@@ -21,8 +21,9 @@ from sde.errors import check_choice, check_flag, check_number
 from sde.processes import SDE
 from sde.solvers.base import register
 from sde.solvers.levels import Interpolation, Levels
-from sde.solvers.linear import LinearSolver, Stage, Step, check_order
+from sde.solvers.linear import LinearSolver, check_order
 from sde.solvers.multistep import counts, newest, predict
+from sde.solvers.stages import Stage, Step
 
 VARIANTS = ("bh1", "bh2")
 PREDICTIONS = ("denoised", "eps")
