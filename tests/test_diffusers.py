@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from torch import Tensor
 
 from sde.errors import UserError
 from sde.interop.chains import BetaChain, chain_log_levels
-from sde.interop.diffusers import convert, describe, load
+from sde.interop.diffusers import SCHEDULERS, convert, describe, load
 from sde.processes import VE, VP, Cosine
 from tests.commands import command
 from tests.foreign import Layout, PlainUNet, Weights, distance, sinusoids
@@ -300,6 +303,57 @@ def test_what_cannot_be_followed(changes: dict[str, Any], sentence: str) -> None
 def test_schedulers_that_cannot_be_followed(scheduler: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         describe(BASE, scheduler)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("block_out_channels", 64, "a list that is not empty, each entry a whole number of at least 1"),
+        ("block_out_channels", [], "a list that is not empty"),
+        ("block_out_channels", [32, None], "a list that is not empty"),
+        ("dropout", None, "a number of at least 0 and below 1"),
+        ("center_input_sample", 1, "true or false"),
+        ("flip_sin_to_cos", "maybe", "true or false"),
+        ("sample_size", "large", "a whole number, or a list of two, or null"),
+        ("down_block_types", [1], "a list that is not empty, each entry a word"),
+        ("norm_eps", 0, "a number above 0"),
+        ("layers_per_block", 1.5, "a whole number of at least 1"),
+    ],
+)
+def test_values_of_another_kind(name: str, value: Any, kind: str) -> None:
+    with pytest.raises(UserError, match=rf"^{name}={re.escape(repr(value))} of the configuration must be {kind}"):
+        describe(BASE | {name: value})
+
+
+def test_flags_as_text() -> None:
+    assert describe(BASE | {"center_input_sample": "False"}) == describe(BASE)
+    assert describe(BASE | {"center_input_sample": "True"}).settings["centered"] is False
+    with pytest.raises(UserError, match=r"rescale_betas_zero_snr=True .* only False can"):
+        describe(BASE, {"rescale_betas_zero_snr": "True"})
+
+
+def test_levels_are_counted() -> None:
+    with pytest.raises(UserError, match="speak of different numbers of levels"):
+        describe(BASE | {"block_out_channels": [32, 64, 64]})
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_defaults_of_schedulers(name: str) -> None:
+    """As diffusers has them."""
+    diffusers = pytest.importorskip("diffusers")
+    defaults = inspect.signature(getattr(diffusers, name).__init__).parameters
+    chain = describe(BASE, {"_class_name": name}).parameterization
+    assert isinstance(chain, BetaChain)
+    assert (chain.beta_start, chain.beta_end) == (defaults["beta_start"].default, defaults["beta_end"].default)
+    assert (chain.n, chain.schedule) == (defaults["num_train_timesteps"].default, defaults["beta_schedule"].default)
+    assert defaults["prediction_type"].default == "epsilon"
+    assert describe(BASE, {"_class_name": name, "beta_end": 0.03}).parameterization == replace(chain, beta_end=0.03)
+
+
+@pytest.mark.parametrize("name", ["DDPMWuerstchenScheduler", "EDMEulerScheduler", "CogVideoXDDIMScheduler", "DDPM"])
+def test_schedulers_of_other_kinds(name: str) -> None:
+    with pytest.raises(UserError, match=f"the scheduler {name} has no table of betas that can be followed"):
+        describe(BASE, {"_class_name": name})
 
 
 def test_errors_of_files_and_tensors(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -436,6 +437,53 @@ def test_what_cannot_be_followed(changes: dict[str, Any], sentence: str) -> None
     arguments = {key: value for key, value in config("SongUNet").items() if key != "sigma_data"}
     with pytest.raises(UserError, match=sentence):
         describe(arguments | changes)
+
+
+@pytest.mark.parametrize(
+    ("network", "name", "value", "kind"),
+    [
+        ("SongUNet", "resample_filter", 1, "a list that is not empty, each entry a number"),
+        ("SongUNet", "resample_filter", [], "a list that is not empty"),
+        ("SongUNet", "dropout", "x", "a number of at least 0 and below 1"),
+        ("SongUNet", "sigma_min", None, "a number of at least 0"),
+        ("SongUNet", "sigma_min", -1, "a number of at least 0"),
+        ("SongUNet", "sigma_max", "high", "a number above 0"),
+        ("SongUNet", "use_fp16", "yes", "true or false"),
+        ("SongUNet", "img_resolution", "8x8", "a whole number of at least 1"),
+        ("SongUNet", "embedding_type", None, "a word"),
+        ("DhariwalUNet", "channel_mult", 1, "a list that is not empty, each entry a whole number of at least 1"),
+        ("DhariwalUNet", "attn_resolutions", {}, "a list"),
+        ("UNet", "clip_act", "x", "a number above 0, or null"),
+    ],
+)
+def test_values_of_another_kind(network: str, name: str, value: Any, kind: str) -> None:
+    sentence = rf"^{name}={re.escape(repr(value))} of the configuration must be {kind}"
+    edm2 = {"class_name": "Precond", "img_resolution": 8, "img_channels": 4}
+    with pytest.raises(UserError, match=sentence):
+        describe((edm2 if network == "UNet" else config(network)) | {name: value})
+
+
+def test_infinity_as_json_and_as_text() -> None:
+    arguments = config("SongUNet")
+    for text in ("inf", math.inf, json.loads("Infinity")):
+        assert describe(arguments | {"sigma_max": text}) == describe(arguments)
+    with pytest.raises(UserError, match="sigma_max=nan of the configuration must be a number above 0"):
+        describe(arguments | {"sigma_max": math.nan})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_filters_are_those_of_the_configuration(dtype: torch.dtype) -> None:
+    arguments = config("SongUNet", **NCSNPP)
+    original, network = Original(arguments), describe(arguments).network()
+    original.denoised(torch.zeros(3, 3, 8, 8, dtype=torch.float64), SIGMAS, None)
+    state, name = original.state(), "model.enc.4x4_down.conv0.resample_filter"
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
+    kernel = (torch.outer(taps, taps) / 64)[None, None].to(dtype)
+    convert_unet(network, state | {name: kernel}, "EDMPrecond", "SongUNet")
+    box = torch.full((1, 1, 2, 2), 0.25)
+    for wrong in (box, torch.nn.functional.pad(box, (1, 1, 1, 1)), kernel.flip(3) * 1.01, kernel[0, 0, 0]):
+        with pytest.raises(UserError, match=r"resample_filter of the checkpoint is not resample_filter=\[1, 3, 3, 1\]"):
+            convert_unet(network, state | {name: wrong}, "EDMPrecond", "SongUNet")
 
 
 def test_errors_name_the_first_offending_tensor(tmp_path: Path) -> None:

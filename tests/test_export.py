@@ -232,6 +232,17 @@ def test_what_goes_wrong_is_one_sentence(
         pull("me/moons", tmp_path / "new")
 
 
+def test_offline_mode_is_said_and_long_reasons_end_with_a_word(
+    trained: Path, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.failure = ConnectionError("words " * 100)
+    with pytest.raises(UserError, match=r"cannot be reached \((words )+\.\.\.\): check the network"):
+        pull("me/moons", tmp_path / "new")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set, so that the hub is not asked for me/moons"):
+        pull("me/moons", tmp_path / "new")
+
+
 def test_errors_before_the_hub_is_asked(
     trained: Path, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

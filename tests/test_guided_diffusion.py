@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from sde.errors import UserError
 from sde.interop.chains import BetaChain, chain_log_levels, process_of
-from sde.interop.guided_diffusion import convert, describe, load
+from sde.interop.guided_diffusion import FLAGS, convert, describe, load
 from sde.parameterizations import V
 from sde.processes import EDM, SDE, VP, Cosine
 from tests.commands import command
@@ -200,7 +201,7 @@ def test_a_run_from_the_command_line(tmp_path: Path) -> None:
         ({"depth": 3}, "depth of the configuration is not an option of guided-diffusion"),
         ({"noise_schedule": "sqrt"}, "noise_schedule of the configuration='sqrt' is not one of linear, cosine"),
         ({"channel_mult": "", "image_size": 512}, "channel_mult of image_size=512 cannot be followed"),
-        ({"channel_mult": "2,2"}, "channel_mult=2,2 cannot be followed: the first factor must be 1"),
+        ({"channel_mult": "2,2"}, r"channel_mult=\[2, 2\] cannot be followed: the first factor must be 1"),
         ({"rescale_timesteps": True, "diffusion_steps": 4000}, "diffusion_steps=4000 .* only 1000 can"),
         ({"num_head_channels": -1, "attention_resolutions": "8,4"}, "num_heads=4 at levels of 32, 64 channels"),
     ],
@@ -208,6 +209,48 @@ def test_a_run_from_the_command_line(tmp_path: Path) -> None:
 def test_what_cannot_be_followed(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         describe(BASE | changes)
+
+
+@pytest.mark.parametrize("name", [name for name, option in FLAGS.items() if isinstance(option.default, bool)])
+def test_flags_as_text(name: str) -> None:
+    """Text is read as what it says: "False" is not true."""
+    for text, value in (("False", False), ("True", True), ("false", False)):
+        assert describe(BASE | {name: text}) == describe(BASE | {name: value})
+    for other in ("no", "", 1, 0, None):
+        with pytest.raises(UserError, match=rf"^{name}={other!r} of the configuration must be true or false$"):
+            describe(BASE | {name: other})
+
+
+def test_lists_and_numbers_as_text() -> None:
+    expected = describe(BASE | {"attention_resolutions": "8,4", "channel_mult": "1,1,2"})
+    assert expected.settings["attention_resolutions"] == (8, 4)
+    changes = {"attention_resolutions": [8, 4], "channel_mult": [1, 1, 2], "image_size": "8", "dropout": "0"}
+    assert describe(BASE | changes) == expected
+    assert describe(BASE | {"attention_resolutions": ""}).settings["attention_resolutions"] == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("attention_resolutions", "a", "a list, each entry a whole number of at least 1"),
+        ("attention_resolutions", "0", "a list, each entry a whole number of at least 1"),
+        ("attention_resolutions", 8, "a list"),
+        ("attention_resolutions", None, "a list"),
+        ("channel_mult", "1,x", "a list, each entry a whole number of at least 1"),
+        ("image_size", "large", "a whole number of at least 1"),
+        ("image_size", 8.5, "a whole number of at least 1"),
+        ("image_size", True, "a whole number of at least 1"),
+        ("image_size", [8], "a whole number of at least 1"),
+        ("diffusion_steps", 0, "a whole number of at least 2"),
+        ("num_heads", 0, "a whole number of at least 1"),
+        ("dropout", "nan", "a number of at least 0 and below 1"),
+        ("dropout", None, "a number of at least 0 and below 1"),
+        ("noise_schedule", 3, "a word"),
+    ],
+)
+def test_values_of_another_kind(name: str, value: Any, kind: str) -> None:
+    with pytest.raises(UserError, match=rf"^{name}={re.escape(repr(value))} of the configuration must be {kind}"):
+        describe(BASE | {name: value})
 
 
 def test_errors_name_the_first_offending_tensor() -> None:

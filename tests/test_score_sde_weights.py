@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks.original import ListNetwork
 from sde.errors import UserError
+from sde.interop.score_sde import describe
 from sde.interop.score_sde_weights import (
     convert_state_dict,
     ema_state_dict,
@@ -27,6 +28,7 @@ from sde.interop.score_sde_weights import (
     read_checkpoint,
     settings_from_config,
 )
+from sde.interop.weights import read_tensors
 from sde.models import DDPM, NCSNpp
 
 GOLDEN = Path(__file__).parents[1] / ".." / "shared" / "golden"
@@ -306,6 +308,88 @@ def test_checkpoint_files(tmp_path: Path) -> None:
     (tmp_path / "short.pth").write_bytes((tmp_path / "good.pth").read_bytes()[:1000])
     with pytest.raises(UserError, match="damaged"):
         read_checkpoint(tmp_path / "short.pth")
+    for failing in ("bad.pth", "short.pth"):
+        with pytest.raises(UserError) as caught:
+            read_checkpoint(tmp_path / failing)
+        assert "weights_only" not in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 1
     torch.save([1, 2], tmp_path / "other.pth")
     with pytest.raises(UserError, match="not a checkpoint of score_sde_pytorch"):
         read_checkpoint(tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize(
+    "content", [b"just text\n", b"\x80\x04.", b"\x80\x02X\x05\x00\x00\x00\xff\xff\xff\xff\xff.", b"", b"PK\x03\x04"]
+)
+def test_broken_files_are_refused_by_one_sentence(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "broken.pth").write_bytes(content)
+    for read in (read_checkpoint, read_tensors):
+        with pytest.raises(UserError, match=r"broken\.pth is not a checkpoint that can be read safely: it is damaged"):
+            read(tmp_path / "broken.pth")
+
+
+def test_files_that_hold_code(tmp_path: Path) -> None:
+    torch.save({"model": Malicious()}, tmp_path / "code.pth")
+    (tmp_path / "code.pkl").write_bytes((tmp_path / "code.pth").read_bytes())
+    for read in (read_checkpoint, read_tensors):
+        with pytest.raises(UserError, match=r"code\.pth .* read safely: it holds something other than tensors$"):
+            read(tmp_path / "code.pth")
+        with pytest.raises(UserError, match=r"is a pickle, which runs code .* write its weights as code\.safetensors"):
+            read(tmp_path / "code.pkl")
+
+
+@pytest.mark.parametrize("model", [None, [], {3: torch.zeros(1)}, {"a": None}, {"a": {"b": torch.zeros(1)}}])
+def test_models_that_are_no_tensors_by_name(model: Any, tmp_path: Path) -> None:
+    torch.save({"model": model}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match="its 'model' does not hold tensors by name"):
+        read_checkpoint(tmp_path / "c.pth")
+    torch.save(model, tmp_path / "d.pth")
+    with pytest.raises(UserError, match="is not a state dictionary"):
+        read_tensors(tmp_path / "d.pth")
+
+
+@pytest.mark.parametrize("averages", [None, 3, {"a": torch.zeros(1)}, [None], ["a"]])
+def test_averages_that_are_no_list_of_tensors(averages: Any) -> None:
+    settings = config()
+    checkpoint = ListNetwork(settings).checkpoint() | {"ema": {"shadow_params": averages}}
+    with pytest.raises(UserError, match="its 'shadow_params' is not a list of tensors"):
+        ema_state_dict(network_from_config(settings), checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "kind"),
+    [
+        ("model", "ch_mult", 2, "a list that is not empty, each entry a whole number of at least 1"),
+        ("model", "attn_resolutions", 16, "a list, each entry a whole number of at least 1"),
+        ("model", "nonlinearity", None, "a word"),
+        ("model", "fir_kernel", 3, "a list that is not empty, each entry a number"),
+        ("model", "embedding_type", 1, "a word"),
+        ("model", "beta_min", "x", "a number above 0"),
+        ("model", "skip_rescale", "yes", "true or false"),
+        ("model", "num_scales", 1, "a whole number of at least 2"),
+        ("data", "image_size", "large", "a whole number of at least 1"),
+        ("training", "continuous", 1, "true or false"),
+        ("training", "sde", 3, "a word"),
+    ],
+)
+def test_values_of_another_kind(part: str, name: str, value: Any, kind: str) -> None:
+    settings = config()
+    settings = settings | {part: {**settings[part], name: value}}
+    with pytest.raises(UserError, match=rf"^{part}\.{name}={value!r} of the configuration must be {kind}"):
+        describe(settings)
+
+
+def test_parts_that_are_none() -> None:
+    for part in ("data", "model", "training"):
+        with pytest.raises(UserError, match=rf"^{part}=\[1\] of the configuration must be an object with options"):
+            describe(config() | {part: [1]})
+
+
+def test_flags_as_text() -> None:
+    settings = config()
+    plain = settings | {"model": settings["model"] | {"scale_by_sigma": False, "fir": True}}
+    text = settings | {"model": settings["model"] | {"scale_by_sigma": "False", "fir": "True"}}
+    assert describe(text) == describe(plain)
+    centered = settings | {"data": settings["data"] | {"centered": "False"}}
+    assert describe(centered).info.low == 0.0
+    assert describe(centered).settings["centered"] is False

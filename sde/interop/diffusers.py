@@ -34,12 +34,23 @@ from sde.interop.diffusers_ncsnpp import (
     describe_ncsnpp,
     is_ncsnpp,
 )
+from sde.interop.options import (
+    ANYTHING,
+    FLAG,
+    WORD,
+    Kind,
+    Option,
+    number,
+    optional,
+    read_options,
+    several,
+    whole,
+)
 from sde.interop.rules import Rule, apply_rules, pair
 from sde.interop.runs import Description, write_run
 from sde.interop.unets import (
     check_fixed,
     check_groups,
-    check_known,
     cosines_first,
     first,
     multipliers_of,
@@ -54,35 +65,44 @@ from sde.models.unet import UNet
 
 _HOW = "give the folder of a UNet2DModel, or of a pipeline that has one in unet/"
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-OPTIONS: dict[str, Any] = {
-    "sample_size": None,
-    "in_channels": 3,
-    "out_channels": 3,
-    "center_input_sample": False,
-    "time_embedding_type": "positional",
-    "time_embedding_dim": None,
-    "freq_shift": 0,
-    "flip_sin_to_cos": True,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-    "mid_block_type": "UNetMidBlock2D",
-    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (224, 448, 672, 896),
-    "layers_per_block": 2,
-    "mid_block_scale_factor": 1,
-    "downsample_padding": 1,
-    "downsample_type": "conv",
-    "upsample_type": "conv",
-    "dropout": 0.0,
-    "act_fn": "silu",
-    "attention_head_dim": 8,
-    "norm_num_groups": 32,
-    "attn_norm_num_groups": None,
-    "norm_eps": 1e-5,
-    "resnet_time_scale_shift": "default",
-    "add_attention": True,
-    "class_embed_type": None,
-    "num_class_embeds": None,
-    "num_train_timesteps": None,
+_SIDES = Kind(
+    "a whole number, or a list of two",
+    lambda value: several(whole(1)).read(value) if isinstance(value, list | tuple) else whole(1).read(value),
+)
+_CHANNELS = several(whole(1), at_least=1)
+OPTIONS: dict[str, Option] = {
+    "sample_size": Option(optional(_SIDES), None),
+    "in_channels": Option(whole(1), 3),
+    "out_channels": Option(whole(1), 3),
+    "center_input_sample": Option(FLAG, False),
+    "time_embedding_type": Option(WORD, "positional"),
+    "time_embedding_dim": Option(optional(whole(1)), None),
+    "freq_shift": Option(whole(0), 0),
+    "flip_sin_to_cos": Option(FLAG, True),
+    "down_block_types": Option(
+        several(WORD, at_least=1), ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")
+    ),
+    "mid_block_type": Option(optional(WORD), "UNetMidBlock2D"),
+    "up_block_types": Option(
+        several(WORD, at_least=1), ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")
+    ),
+    "block_out_channels": Option(_CHANNELS, (224, 448, 672, 896)),
+    "layers_per_block": Option(whole(1), 2),
+    "mid_block_scale_factor": Option(number(above=0), 1),
+    "downsample_padding": Option(whole(0), 1),
+    "downsample_type": Option(WORD, "conv"),
+    "upsample_type": Option(WORD, "conv"),
+    "dropout": Option(number(at_least=0, below=1), 0.0),
+    "act_fn": Option(WORD, "silu"),
+    "attention_head_dim": Option(optional(whole(1)), 8),
+    "norm_num_groups": Option(optional(whole(1)), 32),
+    "attn_norm_num_groups": Option(optional(whole(1)), None),
+    "norm_eps": Option(number(above=0), 1e-5),
+    "resnet_time_scale_shift": Option(WORD, "default"),
+    "add_attention": Option(FLAG, True),
+    "class_embed_type": Option(optional(WORD), None),
+    "num_class_embeds": Option(optional(whole(1)), None),
+    "num_train_timesteps": Option(optional(whole(1)), None),
 }
 # The kinds of levels: whether they have attention, and how they resample; None for what an option says.
 _DOWN = {
@@ -91,20 +111,42 @@ _DOWN = {
     "ResnetDownsampleBlock2D": (False, "resnet"),
 }
 _UP = {"UpBlock2D": (False, "conv"), "AttnUpBlock2D": (True, None), "ResnetUpsampleBlock2D": (False, "resnet")}
-SCHEDULER: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_start": 1e-4,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "trained_betas": None,
-    "prediction_type": "epsilon",
-    "rescale_betas_zero_snr": False,
-    "use_flow_sigmas": False,
-    "variance_type": "fixed_small",
+SCHEDULER: dict[str, Option] = {
+    "num_train_timesteps": Option(whole(2), 1000),
+    "beta_start": Option(number(above=0, below=1), 1e-4),
+    "beta_end": Option(number(above=0, below=1), 0.02),
+    "beta_schedule": Option(WORD, "linear"),
+    "trained_betas": Option(ANYTHING, None),
+    "prediction_type": Option(WORD, "epsilon"),
+    "rescale_betas_zero_snr": Option(FLAG, False),
+    "use_flow_sigmas": Option(FLAG, False),
+    "variance_type": Option(optional(WORD), None),
 }
 _SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 _TARGETS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
-_FAMILIES = ("DDPM", "DDIM", "PNDM", "LMS", "Euler", "Heun", "DPM", "KDPM", "DEIS", "UniPC", "SASolver")
+# The schedulers that walk a chain of betas, with the defaults that differ from DDPM's.
+_LATENT = {"beta_start": 0.00085, "beta_end": 0.012}
+SCHEDULERS: dict[str, dict[str, float]] = {
+    "DDPMScheduler": {},
+    "DDPMParallelScheduler": {},
+    "DDIMScheduler": {},
+    "DDIMParallelScheduler": {},
+    "DDIMInverseScheduler": {},
+    "PNDMScheduler": {},
+    "LMSDiscreteScheduler": {},
+    "EulerDiscreteScheduler": {},
+    "EulerAncestralDiscreteScheduler": {},
+    "HeunDiscreteScheduler": _LATENT,
+    "KDPM2DiscreteScheduler": _LATENT,
+    "KDPM2AncestralDiscreteScheduler": _LATENT,
+    "DPMSolverMultistepScheduler": {},
+    "DPMSolverMultistepInverseScheduler": {},
+    "DPMSolverSinglestepScheduler": {},
+    "DPMSolverSDEScheduler": _LATENT,
+    "DEISMultistepScheduler": {},
+    "UniPCMultistepScheduler": {},
+    "SASolverScheduler": {},
+}
 
 
 def load(folder: str | Path) -> Denoiser:
@@ -134,6 +176,12 @@ def describe(config: Mapping[str, Any], scheduler: Mapping[str, Any] | None = No
     size = (size, size) if isinstance(size, int) else size
     if size is None or len(size) != 2:
         raise UserError(f"sample_size={size!r} of the configuration cannot be followed: give height and width")
+    levels = {len(options[key]) for key in ("down_block_types", "up_block_types", "block_out_channels")}
+    if len(levels) > 1:
+        raise UserError(
+            "down_block_types, up_block_types and block_out_channels of the configuration speak of different numbers "
+            "of levels: give one entry of each for every level"
+        )
     check_fixed(
         options,
         {"mid_block_type": "UNetMidBlock2D", "add_attention": True, "class_embed_type": None},
@@ -151,16 +199,16 @@ def describe(config: Mapping[str, Any], scheduler: Mapping[str, Any] | None = No
     if is_ncsnpp(options):
         return describe_ncsnpp(options, scheduler, info)
     check_fixed(options, {"time_embedding_type": "positional", "mid_block_scale_factor": 1})
-    _check_outputs(options, scheduler.get("variance_type"))
-    chain = _chain(scheduler)
+    told = _scheduler(scheduler)
+    _check_outputs(options, told["variance_type"])
+    chain = _chain(told)
     return Description(*_model(options, max(size)), process_of(chain), chain, info)
 
 
 def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     check_choice("_class_name of the configuration", config.get("_class_name", "UNet2DModel"), ("UNet2DModel",))
     given = {key: value for key, value in config.items() if not key.startswith("_")}
-    check_known(given, OPTIONS, "UNet2DModel")
-    return OPTIONS | {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    return read_options(given, OPTIONS, "UNet2DModel")
 
 
 def _check_outputs(options: Mapping[str, Any], variance_type: str | None) -> None:
@@ -190,7 +238,7 @@ def _model(options: Mapping[str, Any], side: int) -> tuple[str, dict[str, Any]]:
         "attention_resolutions": tuple(side // 2**i for i, has in enumerate(attention) if has),
         "attention_up": "every",
         "norm_eps": options["norm_eps"],
-        "dropout": float(options["dropout"]),
+        "dropout": options["dropout"],
         "centered": not options["center_input_sample"],
     }
     adm = {
@@ -235,12 +283,18 @@ def _levels(options: Mapping[str, Any]) -> tuple[list[bool], str]:
     return attention, ways.pop() if ways else "conv"
 
 
-def _chain(config: Mapping[str, Any]) -> BetaChain:
-    """The chain that a scheduler describes; what it says of sampling plays no part."""
+def _scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a scheduler says of the chain that it walks, with its own defaults; what it says of sampling is left out."""
     name = str(config.get("_class_name", "DDPMScheduler"))
-    if not name.startswith(_FAMILIES):
-        raise UserError(f"the scheduler {name} has no table of betas: give one such as DDPMScheduler")
-    options = SCHEDULER | dict(config)
+    if name not in SCHEDULERS:
+        raise UserError(
+            f"the scheduler {name} has no table of betas that can be followed: give one such as DDPMScheduler"
+        )
+    return read_options({**SCHEDULERS[name], **config}, SCHEDULER, None)
+
+
+def _chain(options: Mapping[str, Any]) -> BetaChain:
+    """The chain that a scheduler describes."""
     check_fixed(options, {"trained_betas": None, "rescale_betas_zero_snr": False, "use_flow_sigmas": False})
     check_choice("beta_schedule of the scheduler", options["beta_schedule"], _SCHEDULES)
     check_choice("prediction_type of the scheduler", options["prediction_type"], _TARGETS)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sde.data import DataInfo
 from sde.errors import UserError, check_choice
+from sde.interop.options import Option, number, read_options
 from sde.interop.rules import Rule, apply_rules, pair, same
 from sde.interop.runs import Description
 from sde.interop.unets import as_conv1x1, check_fixed, multipliers_of, unet_rules
@@ -25,6 +26,7 @@ from sde.models.unet import UNet
 from sde.parameterizations import Score
 from sde.processes import VE
 
+_LEVELS = {"sigma_min": Option(number(above=0), 0.01), "sigma_max": Option(number(above=0), 1348.0)}
 _DOWN = {"SkipDownBlock2D": False, "AttnSkipDownBlock2D": True}
 _UP = {"SkipUpBlock2D": False, "AttnSkipUpBlock2D": True}
 
@@ -47,7 +49,8 @@ def describe_ncsnpp(options: Mapping[str, Any], scheduler: Mapping[str, Any], in
     """
     name = scheduler.get("_class_name", "ScoreSdeVeScheduler")
     check_choice("the scheduler of blocks with skips", name, ("ScoreSdeVeScheduler",))
-    sde = VE(sigma_min=float(scheduler.get("sigma_min", 0.01)), sigma_max=float(scheduler.get("sigma_max", 1348)))
+    levels = read_options(scheduler, _LEVELS, None)
+    sde = VE(sigma_min=levels["sigma_min"], sigma_max=levels["sigma_max"])
     check_fixed(
         options,
         {
@@ -79,7 +82,7 @@ def describe_ncsnpp(options: Mapping[str, Any], scheduler: Mapping[str, Any], in
         "channel_multipliers": multipliers_of("block_out_channels", widths, widths[0]),
         "blocks_per_level": options["layers_per_block"],
         "attention_resolutions": tuple(max(info.shape[1:]) // 2**i for i, has in enumerate(attention) if has),
-        "dropout": float(options["dropout"]),
+        "dropout": options["dropout"],
         "embedding": "fourier",
         "progressive": "output_skip",
         "progressive_input": "input_skip",

@@ -20,6 +20,7 @@ in sampling, where they are zero; dropout plays no part.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,63 +33,109 @@ from sde.denoiser import Denoiser
 from sde.errors import UserError, check_choice
 from sde.interop.chains import BetaChain
 from sde.interop.edm_weights import convert_edm2, convert_unet
+from sde.interop.options import (
+    ANYTHING,
+    FLAG,
+    REQUIRED,
+    WORD,
+    Option,
+    number,
+    optional,
+    read_options,
+    several,
+    whole,
+)
 from sde.interop.runs import Description, write_run
-from sde.interop.unets import check_fixed, check_groups, check_known
+from sde.interop.unets import check_fixed, check_groups
 from sde.interop.weights import read_json, read_tensors
 from sde.parameterizations import Eps, Parameterization, Preconditioned
 from sde.processes import EDM, SDE, VE, VP, Cosine
 
 _HOW = "give the arguments of the network as JSON, which the program that converts a pickle writes"
-# What the classes take, with their defaults; None where there is none.
-_COMMON: dict[str, Any] = {"img_resolution": None, "img_channels": None, "label_dim": 0, "use_fp16": False}
-PRECONDS: dict[str, dict[str, Any]] = {
-    "EDMPrecond": {"sigma_min": 0, "sigma_max": float("inf"), "sigma_data": 0.5, "model_type": "DhariwalUNet"},
-    "VPPrecond": {"beta_d": 19.9, "beta_min": 0.1, "M": 1000, "epsilon_t": 1e-5, "model_type": "SongUNet"},
-    "VEPrecond": {"sigma_min": 0.02, "sigma_max": 100, "model_type": "SongUNet"},
-    "iDDPMPrecond": {"C_1": 0.001, "C_2": 0.008, "M": 1000, "model_type": "DhariwalUNet"},
-    "Precond": {"sigma_data": 0.5, "logvar_channels": 128, "use_fp16": True, "model_type": "UNet"},
+# What the classes take, with their defaults.
+_SHARE = number(at_least=0, below=1)
+_WIDTHS = Option(several(whole(1), at_least=1), (1, 2, 3, 4))
+_COMMON: dict[str, Option] = {
+    "class_name": Option(ANYTHING, None),
+    "img_resolution": Option(whole(1), REQUIRED),
+    "img_channels": Option(whole(1), REQUIRED),
+    "label_dim": Option(whole(0), 0),
+    "use_fp16": Option(FLAG, False),
 }
-NETWORKS: dict[str, dict[str, Any]] = {
+_SIGMA_DATA = Option(number(above=0), 0.5)
+PRECONDS: dict[str, dict[str, Option]] = {
+    "EDMPrecond": {
+        "sigma_min": Option(number(at_least=0), 0.0),
+        "sigma_max": Option(number(above=0, infinite=True), math.inf),
+        "sigma_data": _SIGMA_DATA,
+        "model_type": Option(WORD, "DhariwalUNet"),
+    },
+    "VPPrecond": {
+        "beta_d": Option(number(above=0), 19.9),
+        "beta_min": Option(number(above=0), 0.1),
+        "M": Option(whole(2), 1000),
+        "epsilon_t": Option(number(above=0), 1e-5),
+        "model_type": Option(WORD, "SongUNet"),
+    },
+    "VEPrecond": {
+        "sigma_min": Option(number(above=0), 0.02),
+        "sigma_max": Option(number(above=0), 100.0),
+        "model_type": Option(WORD, "SongUNet"),
+    },
+    "iDDPMPrecond": {
+        "C_1": Option(number(above=0, below=1), 0.001),
+        "C_2": Option(number(above=0, below=1), 0.008),
+        "M": Option(whole(2), 1000),
+        "model_type": Option(WORD, "DhariwalUNet"),
+    },
+    "Precond": {
+        "sigma_data": _SIGMA_DATA,
+        "logvar_channels": Option(whole(1), 128),
+        "use_fp16": Option(FLAG, True),
+        "model_type": Option(WORD, "UNet"),
+    },
+}
+NETWORKS: dict[str, dict[str, Option]] = {
     "SongUNet": {
-        "augment_dim": 0,
-        "model_channels": 128,
-        "channel_mult": (1, 2, 2, 2),
-        "channel_mult_emb": 4,
-        "num_blocks": 4,
-        "attn_resolutions": (16,),
-        "dropout": 0.10,
-        "label_dropout": 0,
-        "embedding_type": "positional",
-        "channel_mult_noise": 1,
-        "encoder_type": "standard",
-        "decoder_type": "standard",
-        "resample_filter": (1, 1),
+        "augment_dim": Option(whole(0), 0),
+        "model_channels": Option(whole(1), 128),
+        "channel_mult": _WIDTHS._replace(default=(1, 2, 2, 2)),
+        "channel_mult_emb": Option(whole(1), 4),
+        "num_blocks": Option(whole(1), 4),
+        "attn_resolutions": Option(several(whole(1)), (16,)),
+        "dropout": Option(_SHARE, 0.10),
+        "label_dropout": Option(number(at_least=0), 0.0),
+        "embedding_type": Option(WORD, "positional"),
+        "channel_mult_noise": Option(whole(1), 1),
+        "encoder_type": Option(WORD, "standard"),
+        "decoder_type": Option(WORD, "standard"),
+        "resample_filter": Option(several(number(), at_least=1), (1.0, 1.0)),
     },
     "DhariwalUNet": {
-        "augment_dim": 0,
-        "model_channels": 192,
-        "channel_mult": (1, 2, 3, 4),
-        "channel_mult_emb": 4,
-        "num_blocks": 3,
-        "attn_resolutions": (32, 16, 8),
-        "dropout": 0.10,
-        "label_dropout": 0,
+        "augment_dim": Option(whole(0), 0),
+        "model_channels": Option(whole(1), 192),
+        "channel_mult": _WIDTHS,
+        "channel_mult_emb": Option(whole(1), 4),
+        "num_blocks": Option(whole(1), 3),
+        "attn_resolutions": Option(several(whole(1)), (32, 16, 8)),
+        "dropout": Option(_SHARE, 0.10),
+        "label_dropout": Option(number(at_least=0), 0.0),
     },
     "UNet": {
-        "model_channels": 192,
-        "channel_mult": (1, 2, 3, 4),
-        "channel_mult_noise": None,
-        "channel_mult_emb": None,
-        "num_blocks": 3,
-        "attn_resolutions": (16, 8),
-        "label_balance": 0.5,
-        "concat_balance": 0.5,
-        "resample_filter": (1, 1),
-        "channels_per_head": 64,
-        "dropout": 0,
-        "res_balance": 0.3,
-        "attn_balance": 0.3,
-        "clip_act": 256,
+        "model_channels": Option(whole(1), 192),
+        "channel_mult": _WIDTHS,
+        "channel_mult_noise": Option(optional(whole(1)), None),
+        "channel_mult_emb": Option(optional(whole(1)), None),
+        "num_blocks": Option(whole(1), 3),
+        "attn_resolutions": Option(several(whole(1)), (16, 8)),
+        "label_balance": Option(number(at_least=0), 0.5),
+        "concat_balance": Option(number(at_least=0), 0.5),
+        "resample_filter": Option(several(number(), at_least=1), (1.0, 1.0)),
+        "channels_per_head": Option(whole(1), 64),
+        "dropout": Option(_SHARE, 0.0),
+        "res_balance": Option(number(at_least=0), 0.3),
+        "attn_balance": Option(number(at_least=0), 0.3),
+        "clip_act": Option(optional(number(above=0)), 256.0),
     },
 }
 
@@ -129,18 +176,16 @@ def describe(config: Mapping[str, Any]) -> Description:
 
 
 def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments with the defaults of their classes, lists as tuples."""
+    """The arguments with the defaults of their classes."""
     name = str(config.get("class_name")).rsplit(".", 1)[-1]
     check_choice("class_name of the configuration", name, PRECONDS)
     networks = ["UNet"] if name == "Precond" else ["SongUNet", "DhariwalUNet"]
-    network = config.get("model_type", PRECONDS[name]["model_type"])
+    network = config.get("model_type", PRECONDS[name]["model_type"].default)
     check_choice("model_type of the configuration", network, networks)
-    full: dict[str, Any] = {"class_name": name, **_COMMON, **PRECONDS[name], **NETWORKS[network]}
-    check_known(config, full, f"{name} with a {network}")
-    full |= {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
-    full["class_name"] = name
+    table = {**_COMMON, **PRECONDS[name], **NETWORKS[network]}
+    full = read_options(config, table, f"{name} with a {network}") | {"class_name": name}
     for key in ("img_resolution", "img_channels"):
-        if full[key] is None:
+        if key not in full:
             raise UserError(f"the configuration has no {key}: give the one that the network was made with")
     return full
 
@@ -172,7 +217,7 @@ def _shared(full: Mapping[str, Any]) -> dict[str, Any]:
         "channel_multipliers": full["channel_mult"],
         "blocks_per_level": full["num_blocks"],
         "attention_resolutions": full["attn_resolutions"],
-        "dropout": float(full["dropout"]),
+        "dropout": full["dropout"],
     }
 
 

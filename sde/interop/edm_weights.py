@@ -17,11 +17,12 @@ Of EDM2, whose tables are normalized by row, "no label" is zero and the rows are
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from sde.errors import UserError
 from sde.interop.rules import Rule, apply_rules, pair, same
 from sde.interop.unets import cosines_first, first, heads_outside, unet_rules, with_null_row
 from sde.models.edm2 import EDM2
@@ -41,9 +42,10 @@ def convert_unet(network: UNet, state: Mapping[str, Tensor], precond: str, netwo
         network_class: "SongUNet" or "DhariwalUNet".
 
     Raises:
-        UserError: a tensor is missing, left over or of another shape.
+        UserError: a tensor is missing, left over or of another shape, or filters are not those of the configuration.
     """
     theirs = {name.removeprefix("model."): tensor for name, tensor in state.items() if name not in ("u", "model.u")}
+    _check_filters(theirs, network.settings.fir_kernel or (1.0, 1.0))
     unused = ("resample_filter", "map_augment.weight")
     theirs = {name: tensor for name, tensor in theirs.items() if not name.endswith(unused)}
     theirs = _told_log_sigma(theirs, precond)
@@ -61,6 +63,23 @@ def convert_unet(network: UNet, state: Mapping[str, Tensor], precond: str, netwo
     }
     rules = unet_rules(network, _places(network, song), kinds)
     return apply_rules(rules, theirs, network.state_dict())
+
+
+def _check_filters(theirs: Mapping[str, Tensor], taps: Sequence[float]) -> None:
+    """Raise `UserError` unless every filter of a checkpoint is that of `taps` along both axes, with a sum of 1."""
+    stated = ", ".join(f"{tap:g}" for tap in taps)
+    along = torch.tensor(taps, dtype=torch.float64)
+    expected = torch.outer(along, along) / along.sum() ** 2
+    for name, tensor in theirs.items():
+        if not name.endswith("resample_filter"):
+            continue
+        # the taps were rounded to float16 or float32
+        square = tensor.squeeze().double()
+        if square.shape != expected.shape or not torch.allclose(square, expected, rtol=2**-10, atol=2**-24):
+            raise UserError(
+                f"{name} of the checkpoint is not resample_filter=[{stated}] of the configuration: "
+                "give the one that the network was made with"
+            )
 
 
 def _places(network: UNet, song: bool) -> Iterator[tuple[str, str]]:

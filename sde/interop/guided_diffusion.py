@@ -26,13 +26,13 @@ from sde.data import DataInfo
 from sde.denoiser import Denoiser
 from sde.errors import UserError, check_choice
 from sde.interop.chains import BetaChain, process_of
+from sde.interop.options import FLAG, WORD, Option, number, read_options, several, whole
 from sde.interop.rules import Rule, apply_rules, pair
 from sde.interop.runs import Description, write_run
 from sde.interop.unets import (
     as_conv1x1,
     check_fixed,
     check_groups,
-    check_known,
     cosines_first,
     first,
     heads_outside,
@@ -46,30 +46,30 @@ from sde.models.resample import ConvDownsample, ConvUpsample
 from sde.models.unet import UNet
 
 _HOW = "give the flags of the original's scripts as a JSON object"
-FLAGS: dict[str, Any] = {
-    "image_size": 64,
-    "num_channels": 128,
-    "num_res_blocks": 2,
-    "num_heads": 4,
-    "num_heads_upsample": -1,
-    "num_head_channels": -1,
-    "attention_resolutions": "16,8",
-    "channel_mult": "",
-    "dropout": 0.0,
-    "class_cond": False,
-    "num_classes": 1000,  # fixed in the original
-    "use_scale_shift_norm": True,
-    "resblock_updown": False,
-    "use_new_attention_order": False,
-    "learn_sigma": False,
-    "diffusion_steps": 1000,
-    "noise_schedule": "linear",
-    "predict_xstart": False,
-    "rescale_timesteps": False,
+FLAGS: dict[str, Option] = {
+    "image_size": Option(whole(1), 64),
+    "num_channels": Option(whole(1), 128),
+    "num_res_blocks": Option(whole(1), 2),
+    "num_heads": Option(whole(1), 4),
+    "num_heads_upsample": Option(whole(-1), -1),
+    "num_head_channels": Option(whole(-1), -1),
+    "attention_resolutions": Option(several(whole(1)), (16, 8)),
+    "channel_mult": Option(several(whole(1)), ()),
+    "dropout": Option(number(at_least=0, below=1), 0.0),
+    "class_cond": Option(FLAG, False),
+    "num_classes": Option(whole(1), 1000),  # fixed in the original
+    "use_scale_shift_norm": Option(FLAG, True),
+    "resblock_updown": Option(FLAG, False),
+    "use_new_attention_order": Option(FLAG, False),
+    "learn_sigma": Option(FLAG, False),
+    "diffusion_steps": Option(whole(2), 1000),
+    "noise_schedule": Option(WORD, "linear"),
+    "predict_xstart": Option(FLAG, False),
+    "rescale_timesteps": Option(FLAG, False),
 }
 # Flags that say how to train or sample, and nothing of the function.
 IGNORED = ("use_kl", "timestep_respacing", "rescale_learned_sigmas", "use_checkpoint", "use_fp16", "sigma_small")
-_FACTORS = {256: "1,1,2,2,4,4", 128: "1,1,2,3,4", 64: "1,2,3,4"}
+_FACTORS = {256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4)}
 
 
 def load(checkpoint: str | Path, config: str | Path | Mapping[str, Any]) -> Denoiser:
@@ -98,14 +98,14 @@ def describe(config: Mapping[str, Any]) -> Description:
     flags = _with_defaults(config)
     size = flags["image_size"]
     factors = _factors(flags)
-    sides = [int(side) for side in str(flags["attention_resolutions"]).split(",")]
+    sides = flags["attention_resolutions"]
     settings = {
         "channels": flags["num_channels"],
         "channel_multipliers": factors,
         "blocks_per_level": flags["num_res_blocks"],
         "attention_resolutions": tuple(size // (size // side) for side in sides if side <= size),
         "head_channels": _head_channels(flags, factors),
-        "dropout": float(flags["dropout"]),
+        "dropout": flags["dropout"],
         "adaptive_norm": flags["use_scale_shift_norm"],
         "resample_inside": flags["resblock_updown"],
         "pad_around": True,
@@ -117,38 +117,36 @@ def describe(config: Mapping[str, Any]) -> Description:
 
 
 def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    check_known(config, (*FLAGS, *IGNORED), "guided-diffusion")
-    return FLAGS | dict(config)
+    return read_options({key: config[key] for key in config if key not in IGNORED}, FLAGS, "guided-diffusion")
 
 
 def _factors(flags: Mapping[str, Any]) -> tuple[int, ...]:
-    text = flags["channel_mult"] or _FACTORS.get(flags["image_size"])
-    if text is None:
+    factors = flags["channel_mult"] or _FACTORS.get(flags["image_size"])
+    if factors is None:
         raise UserError(
             f"channel_mult of image_size={flags['image_size']} cannot be followed: it must be whole factors, "
             "the first of them 1, such as 1,2,3,4"
         )
-    factors = tuple(int(factor) for factor in str(text).split(","))
     if factors[0] != 1:
-        raise UserError(f"channel_mult={text} cannot be followed: the first factor must be 1")
+        raise UserError(f"channel_mult={list(factors)} cannot be followed: the first factor must be 1")
     return factors
 
 
-def _head_channels(flags: Mapping[str, Any], factors: tuple[int, ...]) -> int:
+def _head_channels(flags: dict[str, Any], factors: tuple[int, ...]) -> int:
     """Channels of one head, which the original may state as the number of heads."""
     if flags["num_head_channels"] != -1:
-        return int(flags["num_head_channels"])
+        return flags["num_head_channels"]
     if flags["num_heads_upsample"] != -1:
         check_fixed(flags, {"num_heads_upsample": flags["num_heads"]})
     size = flags["image_size"]
-    scales = [size // int(side) for side in str(flags["attention_resolutions"]).split(",")]
+    scales = [size // side for side in flags["attention_resolutions"]]
     widths = {flags["num_channels"] * f for i, f in enumerate(factors) if 2**i in scales or i == len(factors) - 1}
     if len(widths) > 1 or min(widths) % flags["num_heads"]:
         raise UserError(
             f"num_heads={flags['num_heads']} at levels of {', '.join(str(w) for w in sorted(widths))} channels cannot "
             "be followed: heads must have the same channels everywhere"
         )
-    return int(min(widths)) // int(flags["num_heads"])
+    return min(widths) // flags["num_heads"]
 
 
 def _chain(flags: Mapping[str, Any]) -> BetaChain:

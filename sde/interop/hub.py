@@ -10,7 +10,9 @@ or HF_TOKEN in the environment.
 
 from __future__ import annotations
 
+import os
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +24,10 @@ from sde.interop.folders import CONFIG, WEIGHTS, read_folder
 
 FILES = [WEIGHTS, CONFIG, "README.md"]
 T = TypeVar("T")
+
+# Variables of the environment that keep huggingface_hub from the network, and what they say to do so.
+_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+_TRUE = ("1", "ON", "YES", "TRUE")
 
 
 def push(folder: Path, repo: str, private: bool = False, revision: str | None = None) -> str:
@@ -93,6 +99,9 @@ def _ask(action: Callable[[ModuleType], T], repo: str) -> T:
         names = {cls.__name__ for cls in type(error).__mro__}
         if not names & {"ConnectionError", "TransportError", "RequestException", "TimeoutError", "EntryNotFoundError"}:
             raise
+        for name in _OFFLINE:
+            if os.environ.get(name, "").upper() in _TRUE:
+                raise UserError(f"{name} is set, so that the hub is not asked for {repo}: unset it") from error
         raise UserError(f"the hub cannot be reached ({_first_line(error)}): check the network, or try later") from error
 
 
@@ -108,7 +117,8 @@ def _refusal(error: Exception, repo: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return textwrap.shorten(line, 200, placeholder=" ...")
 
 
 def push_folder(config: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sde.errors import UserError
+from sde.interop.options import Option, read_options
 
 
 class Rule(NamedTuple):
@@ -35,10 +36,16 @@ def pair(target: str, source: str) -> list[Rule]:
     return [Rule(f"{target}{kind}", (f"{source}{kind}",), same) for kind in ("weight", "bias")]
 
 
-def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The part `name` of a configuration; empty when there is none."""
+def section(config: Mapping[str, Any], name: str, table: Mapping[str, Option]) -> dict[str, Any]:
+    """The options of `table` in the part `name` of a configuration, with their defaults.
+
+    Raises:
+        UserError: the part holds no options, or one of another kind.
+    """
     part = config.get(name)
-    return {} if part is None else dict(part.items())
+    if part is not None and not hasattr(part, "items"):  # ml_collections' own have items, too
+        raise UserError(f"{name}={part!r} of the configuration must be an object with options")
+    return read_options({} if part is None else dict(part.items()), table, None, f"{name}.")
 
 
 def required(model: Mapping[str, Any], key: str) -> Any:

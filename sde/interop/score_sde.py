@@ -27,9 +27,11 @@ from typing import Any
 from sde.cli import output_dir, run_command
 from sde.data import DataInfo
 from sde.denoiser import Denoiser
-from sde.errors import check_choice
+from sde.errors import UserError, check_choice
 from sde.interop import chains
+from sde.interop.rules import section
 from sde.interop.runs import Description, write_run
+from sde.interop.score_sde_options import DATA, MODEL, TRAINING
 from sde.interop.score_sde_refinenets import SIZES, translate_config
 from sde.interop.score_sde_weights import (
     convert_state_dict,
@@ -76,22 +78,21 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 def sde_from_config(config: Mapping[str, Any]) -> SDE:
     """The forward process of an original configuration."""
-    training, model = config.get("training", {}), config.get("model", {})
-    name = str(training.get("sde", "")).lower()
+    model = section(config, "model", MODEL)
+    name = section(config, "training", TRAINING)["sde"].lower()
     check_choice("training.sde of the configuration", name, _SDES)
     if name == "vesde":
-        return VE(sigma_min=float(model.get("sigma_min", 0.01)), sigma_max=float(model.get("sigma_max", 50)))
-    rates = {"beta_min": float(model.get("beta_min", 0.1)), "beta_max": float(model.get("beta_max", 20))}
+        return VE(sigma_min=float(model["sigma_min"]), sigma_max=float(model["sigma_max"]))
+    rates = {"beta_min": float(model["beta_min"]), "beta_max": float(model["beta_max"])}
     return VP(**rates) if name == "vpsde" else SubVP(**rates)
 
 
 def parameterization_from_config(config: Mapping[str, Any]) -> Parameterization:
     """What the network of an original configuration predicts, and which label it is told."""
-    training, model = config.get("training", {}), config.get("model", {})
-    name = str(training.get("sde", "")).lower()
+    training, model = section(config, "training", TRAINING), section(config, "model", MODEL)
+    name, n = training["sde"].lower(), model["num_scales"]
     discrete = model.get("name") in SIZES
-    continuous = bool(training.get("continuous", True)) and not discrete
-    n = int(model.get("num_scales", 1000))
+    continuous = training["continuous"] and not discrete
     if discrete:
         check_choice(f"training.sde of the configuration of {model['name']}", name, ("vesde",))
     if name == "vesde":
@@ -103,10 +104,9 @@ def parameterization_from_config(config: Mapping[str, Any]) -> Parameterization:
 
 def info_from_config(config: Mapping[str, Any]) -> DataInfo:
     """The facts about the data of an original configuration."""
-    data = config.get("data", {})
+    data = section(config, "data", DATA)
     _, _, shape = settings_from_config(config)
-    low = -1.0 if data.get("centered", False) else 0.0
-    return DataInfo(name=str(data.get("dataset", "score_sde")).lower(), shape=shape, low=low, high=1.0)
+    return DataInfo(name=data["dataset"].lower(), shape=shape, low=-1.0 if data["centered"] else 0.0, high=1.0)
 
 
 def describe(config: Mapping[str, Any]) -> Description:
@@ -120,10 +120,13 @@ def describe(config: Mapping[str, Any]) -> Description:
 def import_run(config: dict[str, Any]) -> None:
     """Write a run folder from `checkpoint` and `config`."""
     original = read_config(config["config"])
-    content = read_checkpoint(Path(config["checkpoint"]).expanduser())
+    content = read_checkpoint(config["checkpoint"])
     network = network_from_config(original)
     averaged, last = ema_state_dict(network, content), convert_state_dict(network, content["model"])
-    write_run(Path(output_dir()), describe(original), averaged, last, int(content.get("step", 0)))
+    step = content.get("step", 0)
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise UserError(f"step={step!r} of the checkpoint is not a number of optimizer steps: the file is damaged")
+    write_run(Path(output_dir()), describe(original), averaged, last, step)
 
 
 def main() -> None:

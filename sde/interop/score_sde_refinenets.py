@@ -21,6 +21,9 @@ from torch import Tensor, nn
 
 from sde.errors import UserError, check_choice
 from sde.interop.rules import Rule, concatenate, pair, required, same, section
+from sde.interop.score_sde_options import DATA, ERMONGROUP_DATA, ERMONGROUP_MODEL, REFINENET
+from sde.interop.unets import check_fixed
+from sde.interop.weights import is_state
 from sde.models.ncsn import NCSN
 from sde.models.ncsnv2 import NCSNv2
 
@@ -51,7 +54,7 @@ def refinenet_settings(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     Raises:
         UserError: a value is missing or unknown.
     """
-    data, model = section(config, "data"), section(config, "model")
+    data, model = section(config, "data", DATA), section(config, "model", REFINENET)
     name = required(model, "name")
     check_choice("model.normalization of the configuration", required(model, "normalization"), _NORMALIZATIONS)
     settings: dict[str, Any] = {
@@ -59,8 +62,8 @@ def refinenet_settings(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         **SIZES[name],
         "activation": required(model, "nonlinearity").lower(),
         "normalization": _NORMALIZATIONS[model["normalization"]],
-        "centered": data.get("centered", False),
-        "num_scales": model.get("num_scales", 1000),
+        "centered": data["centered"],
+        "num_scales": model["num_scales"],
     }
     if name == "ncsn":
         return "ncsn", settings
@@ -71,8 +74,8 @@ def refinenet_settings(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         )
     settings |= {
         "noise_label": "index",
-        "sigma_min": float(model.get("sigma_min", 0.01)),
-        "sigma_max": float(model.get("sigma_max", 50)),
+        "sigma_min": float(model["sigma_min"]),
+        "sigma_max": float(model["sigma_max"]),
     }
     return "ncsnv2", settings
 
@@ -148,31 +151,27 @@ def translate_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     Raises:
         UserError: a value is missing, or stands for something that no network here has.
     """
-    data, model = section(config, "data"), section(config, "model")
-    if "ngf" not in model:
+    if "ngf" not in (config.get("model") or ()):
         return config
-    for key, part, allowed in (
-        ("data.logit_transform", data.get("logit_transform", False), False),
-        ("model.spec_norm", model.get("spec_norm", False), False),
-        ("model.sigma_dist", model.get("sigma_dist", "geometric"), "geometric"),
-    ):
-        if part != allowed:
-            raise UserError(f"{key}={part!r} of the configuration cannot be followed: only {allowed!r} can")
-    dataset = str(data.get("dataset", ""))
+    data, model = section(config, "data", ERMONGROUP_DATA), section(config, "model", ERMONGROUP_MODEL)
+    check_fixed({f"data.{key}": value for key, value in data.items()}, {"data.logit_transform": False})
+    fixed = {"model.spec_norm": False, "model.sigma_dist": "geometric"}
+    check_fixed({f"model.{key}": value for key, value in model.items()}, fixed)
+    dataset = data["dataset"]
     if "name" not in model:
         check_choice("data.dataset of the configuration", dataset, _DATASETS)
     return {
         "data": {
             "dataset": dataset,
-            "image_size": data.get("image_size", 32),
-            "num_channels": data.get("channels", 3),
-            "centered": bool(data.get("rescaled", False)),
+            "image_size": data["image_size"],
+            "num_channels": data["channels"],
+            "centered": data["rescaled"],
         },
         "model": {
             "name": model["name"] if "name" in model else _DATASETS[dataset],
-            "nf": model["ngf"],
-            "nonlinearity": model.get("nonlinearity", "elu"),
-            "normalization": model.get("normalization", "InstanceNorm++"),
+            "nf": required(model, "ngf"),
+            "nonlinearity": model["nonlinearity"],
+            "normalization": model["normalization"],
             "num_scales": required(model, "num_classes"),
             "sigma_max": required(model, "sigma_begin"),
             "sigma_min": required(model, "sigma_end"),
@@ -187,13 +186,11 @@ def translate_checkpoint(content: Any) -> Any:
     The list holds the weights, the optimizer's state and, in ermongroup/ncsnv2, epoch, step and averages by name.
     Without averages, the weights stand for them: they are what samples were made with.
     """
-    is_theirs = (
-        isinstance(content, list) and len(content) >= 2 and all(isinstance(part, Mapping) for part in content[:2])
-    )
-    if not is_theirs:
+    is_theirs = isinstance(content, list) and len(content) >= 2 and isinstance(content[1], Mapping)
+    if not is_theirs or not is_state(content[0]):
         return content
     weights = {name.removeprefix("module."): tensor for name, tensor in content[0].items() if "sigmas" not in name}
-    averages = content[4] if len(content) > 4 else {}
+    averages = content[4] if len(content) > 4 and is_state(content[4]) else {}
     return {
         "model": weights,
         "ema": {"shadow_params": [averages.get(name, tensor) for name, tensor in weights.items()]},

@@ -14,7 +14,6 @@ RefineNets (`ncsn`, `ncsnv2_64` and larger) have named layers instead: see `sde.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,9 @@ from torch import Tensor, nn
 
 from sde.errors import UserError, check_choice
 from sde.interop.rules import Rule, apply_rules, concatenate, pair, required, same, section
+from sde.interop.score_sde_options import DATA, MODEL, TRAINING, UNET
 from sde.interop.score_sde_refinenets import SIZES, refinenet_rules, refinenet_settings, translate_checkpoint
+from sde.interop.weights import is_state, load_safely
 from sde.models.base import MODELS
 from sde.models.embeddings import FourierFeatures
 from sde.models.layers import Conv3x3, Head, ResidualBlock, SelfAttention
@@ -33,27 +34,6 @@ from sde.models.resample import ConvDownsample, ConvUpsample, FIRConvDownsample,
 from sde.models.unet import UNet
 
 Shape = tuple[int, int, int]
-
-# What the original's default configurations hold; a model key that is missing here must be in the configuration.
-DATA_DEFAULTS = {"image_size": 32, "num_channels": 3, "centered": False}
-MODEL_DEFAULTS = {
-    "attn_resolutions": (16,),
-    "resamp_with_conv": True,
-    "conditional": True,
-    "nonlinearity": "swish",
-    "dropout": 0.1,
-    "embedding_type": "fourier",
-    "fourier_scale": 16,
-    "fir_kernel": (1, 3, 3, 1),
-    "skip_rescale": True,
-    "resblock_type": "biggan",
-    "progressive": "none",
-    "progressive_combine": "sum",
-    "init_scale": 0.0,
-    "sigma_min": 0.01,
-    "sigma_max": 50,
-    "num_scales": 1000,
-}
 
 
 def settings_from_config(config: Mapping[str, Any]) -> tuple[str, dict[str, Any], Shape]:
@@ -64,21 +44,20 @@ def settings_from_config(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]
             num_channels, centered; "model" with name, nf, ch_mult and so on; "training" with sde.
 
     Raises:
-        UserError: the network is not one that can be read, or a value is missing or unknown.
+        UserError: the network is not one that can be read, or a value is missing, unknown or of another kind.
     """
-    data = {**DATA_DEFAULTS, **section(config, "data")}
-    defaults = {**MODEL_DEFAULTS, "scale_by_sigma": str(section(config, "training").get("sde")).lower() == "vesde"}
-    model = {**defaults, **section(config, "model")}
-    name = required(model, "name")
+    data, sde = section(config, "data", DATA), section(config, "training", TRAINING)["sde"]
+    name = required(section(config, "model", MODEL), "name")
     check_choice("model.name of the configuration", name, ("ddpm", "ncsnpp", *SIZES))
     shape = (data["num_channels"], data["image_size"], data["image_size"])
     if name in SIZES:
         return *refinenet_settings(config), shape
+    model = {"scale_by_sigma": sde.lower() == "vesde"} | section(config, "model", UNET)
     settings: dict[str, Any] = {
         "channels": required(model, "nf"),
-        "channel_multipliers": tuple(required(model, "ch_mult")),
+        "channel_multipliers": required(model, "ch_mult"),
         "blocks_per_level": required(model, "num_res_blocks"),
-        "attention_resolutions": tuple(model["attn_resolutions"]),
+        "attention_resolutions": model["attn_resolutions"],
         "dropout": model["dropout"],
         "activation": model["nonlinearity"].lower(),
         "resample_with_conv": model["resamp_with_conv"],
@@ -94,7 +73,7 @@ def settings_from_config(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]
             "skip_rescale": model["skip_rescale"],
             "init_scale": model["init_scale"],
             "fir": required(model, "fir"),
-            "fir_kernel": tuple(model["fir_kernel"]),
+            "fir_kernel": model["fir_kernel"],
             "embedding": model["embedding_type"].lower(),
             "fourier_scale": model["fourier_scale"],
             "noise_conditional": model["conditional"],
@@ -119,13 +98,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: there is no such file, or it is not such a checkpoint.
     """
-    try:
-        checkpoint = translate_checkpoint(torch.load(path, map_location="cpu", weights_only=True))
-    except FileNotFoundError as error:
-        raise UserError(f"there is no checkpoint {path}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path} is not a checkpoint that can be read safely, or is damaged: {error}") from error
-    _checkpoint_part(checkpoint, "model")
+    checkpoint = translate_checkpoint(load_safely(path))
+    _tensors_by_name(checkpoint)
     return checkpoint
 
 
@@ -149,8 +123,10 @@ def ema_state_dict(network: nn.Module, checkpoint: Mapping[str, Any]) -> dict[st
     `checkpoint["ema"]["shadow_params"]` is a list without names, in the order of the parameters that are trained: that
     of `checkpoint["model"]` without the buffer `sigmas` and the Fourier frequencies, which come from there.
     """
-    model = _plain_names(_checkpoint_part(checkpoint, "model"))
-    averages = list(_checkpoint_part(_checkpoint_part(checkpoint, "ema"), "shadow_params"))
+    model = _plain_names(_tensors_by_name(checkpoint))
+    averages = _checkpoint_part(_checkpoint_part(checkpoint, "ema"), "shadow_params")
+    if not isinstance(averages, list | tuple) or not all(isinstance(average, Tensor) for average in averages):
+        raise UserError("this is not a checkpoint of score_sde_pytorch: its 'shadow_params' is not a list of tensors")
     fixed = ["all_modules.0.W"] if isinstance(network, UNet) and network.settings.embedding == "fourier" else []
     trained = [name for name in model if name not in fixed]
     if len(trained) != len(averages):
@@ -287,6 +263,13 @@ def _plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Without the prefix "module." and without `sigmas`, which follows from the configuration."""
     plain = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     return {name: tensor for name, tensor in plain.items() if name != "sigmas"}
+
+
+def _tensors_by_name(checkpoint: Any) -> Mapping[str, Tensor]:
+    model = _checkpoint_part(checkpoint, "model")
+    if not is_state(model):
+        raise UserError("this is not a checkpoint of score_sde_pytorch: its 'model' does not hold tensors by name")
+    return model
 
 
 def _checkpoint_part(checkpoint: Any, name: str) -> Any:

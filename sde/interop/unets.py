@@ -112,14 +112,6 @@ def multipliers_of(name: str, widths: Iterable[int], channels: int) -> tuple[int
     return tuple(width // channels for width in widths)
 
 
-def check_known(config: Mapping[str, Any], known: Iterable[str], what: str) -> None:
-    """Raise `UserError` for a key that is not one of `known`."""
-    names = list(known)
-    for key in config:
-        if key not in names:
-            raise UserError(f"{key} of the configuration is not an option of {what} that can be followed")
-
-
 def check_fixed(config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
     """Raise `UserError` for an option of `fixed` with another value than the one that can be followed."""
     for key, value in fixed.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,25 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     Raises:
         UserError: there is no such file, it is damaged, or it holds anything but tensors by name.
     """
+    content = load_safely(path)
+    if not is_state(content):
+        raise UserError(f"{path} is not a state dictionary: save network.state_dict() and nothing around it")
+    return dict(content)
+
+
+def is_state(content: Any) -> bool:
+    """Whether this is a mapping of names to tensors, as `state_dict()` gives it."""
+    return isinstance(content, Mapping) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
+    )
+
+
+def load_safely(path: str | Path) -> Any:
+    """What a .safetensors file or one of `torch.save` holds, on the CPU; nothing that it holds is run.
+
+    Raises:
+        UserError: there is no such file, it is damaged, or holds anything but tensors and plain values.
+    """
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"there is no checkpoint {file}: give the path of a file")
@@ -32,13 +52,16 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return safetensors.torch.load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{file} is not a checkpoint that can be read safely, or is damaged: {reason}") from error
-    if not isinstance(content, Mapping) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise UserError(f"{file} is not a state dictionary: save network.state_dict() and nothing around it")
-    return {str(name): tensor for name, tensor in content.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of unusual versions of pickle
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file can fail in any way
+        # in torch's own words, which advise to read the file unsafely, a GLOBAL is a function or class that it names
+        unsafe = isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error)
+        reason = "it holds something other than tensors" if unsafe else "it is damaged, or of another kind"
+        raise UserError(f"{file} is not a checkpoint that can be read safely: {reason}") from error
 
 
 def read_json(path: str | Path, how: str) -> dict[str, Any]:
