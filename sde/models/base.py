@@ -14,9 +14,9 @@ with `x` (B, *shape), `noise` (B,) the noise label and `label` (B,) int64 class 
     "log_sigma"  log(sigma(t) / alpha(t)) / 4
     "index"      index of a noise level of a discrete chain, 0 for the noisiest (`parameterization=smld_chain` gives it)
 
-A model that works for some noise labels only has a method `check_noise(noise)` that refuses others, and is asked before
-it is trained. With `num_classes` > 0 the label `num_classes` means "no label", and so does `label=None`; dropping labels in training
-teaches a model both (arXiv 2207.12598).
+With `num_classes` > 0 the label `num_classes` means "no label", and so does `label=None`; dropping labels in training
+teaches a model both (arXiv 2207.12598). A model that works for some noise labels only has a method `check_noise(noise)`
+that refuses others, which is asked before training.
 
 To add a model: a file in this folder with `@register("name")` on the class, its import in `sde/models/__init__.py`, and
 `conf/model/name.yaml`.
