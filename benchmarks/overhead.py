@@ -10,10 +10,10 @@ the others it is one of four written by hand (Euler, Heun, DPM-Solver++ 2M, Eule
 Euler and Maruyama's as they have evaluations. Bare loops draw noise for the whole batch from one generator; ours per
 sample (`SampleNoise`), its generators made anew for each run. Schedulers of diffusers run where that is installed.
 
-All take turns within a round; times are medians over rounds, ratios the medians of each round's ratio, so that a
-machine that gets slower meanwhile does not change them. With one thread it is the time of that thread on the processor,
-which does not count what other programs take. A run is a whole `solve`, divided by its steps; planning, which
-is done once for a grid and kept, has a column of its own.
+All take turns within a round, each with a run that is not counted before one that is; times are medians over rounds,
+ratios the medians of each round's ratio, so that a machine that gets slower meanwhile does not change them. With one
+thread it is the time of that thread on the processor, which does not count what other programs take. A run is a whole
+`solve`, divided by its steps; planning, which is done once for a grid and kept, has a column of its own.
 """
 
 from __future__ import annotations
@@ -206,12 +206,11 @@ class Runner:
 def runners(shape: tuple[int, ...], steps: int, names: Sequence[str], with_network: bool) -> list[Runner]:
     """Bare loops, the solvers `names` and diffusers' schedulers on a batch of `shape`."""
     sde, answer = VP(), torch.randn(shape)
-    fixed: AbstractDenoiser = Fixed(sde, answer)
-    if with_network:
-        fixed = Denoiser(FixedNetwork(answer), sde, Eps())
+    network, label = FixedNetwork(answer), torch.zeros(shape[0])
+    fixed = Denoiser(network, sde, Eps()) if with_network else Fixed(sde, answer)
 
     def f(x: Tensor) -> Tensor:
-        return answer
+        return network(x, label, None) if with_network else answer
 
     def bare(name: str, loop: Loop) -> Runner:
         return Runner(name, lambda x: loop(f, x))
@@ -286,12 +285,12 @@ def measure(found: Sequence[Runner], shape: tuple[int, ...], steps: int, rounds:
     x = torch.randn(shape)
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     taken: dict[str, list[float]] = {runner.name: [] for runner in found}
-    for k in range(rounds + 1):
+    for _ in range(rounds):
         for runner in found:
+            runner.run(x)  # brings it back into the caches
             started = clock()
             runner.run(x)
-            if k > 0:  # the first round warms up
-                taken[runner.name].append((clock() - started) / steps * 1e6)
+            taken[runner.name].append((clock() - started) / steps * 1e6)
     rows = []
     for runner in found:
         row: dict[str, Any] = {"name": runner.name, "us": statistics.median(taken[runner.name])}
