@@ -204,6 +204,12 @@ def rms(x: Tensor) -> Tensor:
     return x.square().flatten(1).mean(1).sqrt().double()
 
 
+def coarse(step: Tensor) -> Tensor:
+    """`step` to eight binary digits: powers are rounded otherwise in another batch, which must not change the step."""
+    mantissa, exponent = torch.frexp(step)
+    return torch.ldexp(torch.round(256 * mantissa) / 256, exponent)
+
+
 def choose(mask: Tensor, yes: States, no: States) -> States:
     """Each sample's states from `yes` where `mask` (b,), else from `no`."""
     return tuple(torch.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b) for a, b in zip(yes, no, strict=True))
@@ -297,9 +303,9 @@ def integrate(
         if way.active <= 0.75 * len(way.rows):  # a batch of another size costs a copy, and compiled networks more
             way.leave()
     else:
-        way.fail(
-            f"needs more than solver.max_steps={max_steps} steps: allow more, or loosen solver.rtol and solver.atol"
-        )
+        slowest = int((way.place * way.direction).argmin())
+        more = f"needs more than solver.max_steps={max_steps} steps: allow more, or loosen solver.rtol and solver.atol"
+        way.fail(slowest, more)
     way.put()
     return way.arrived, way.attempts
 
@@ -315,7 +321,7 @@ class _Way:
         self.arrived = torch.empty_like(x)
         self.attempts = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         self.active = len(x)
-        self.stuck = False
+        self.stuck = -1  # the first sample in the batch that cannot go on
         self.states, self.step = stepper.begin(process, x)
         self.place = torch.full_like(self.step, stepper.start)
         # errors of the last two steps that were taken; NaN for none
@@ -348,9 +354,7 @@ class _Way:
         frames.collect(self, trial, step, reached)
         self.states = choose(accept, trial.ahead, trial.behind)
         self.errors = torch.where(accept, torch.stack([trial.error, previous[0]]), self.errors)
-        # Rounded to 1/256: that a sum over entries, or a power, is rounded otherwise in another batch must not change
-        # the step.
-        self.step = torch.where(active, step.abs() * torch.round(256 * factor) / 256, self.step)
+        self.step = torch.where(active, step.abs() * coarse(factor), self.step)
         self.place = reached
 
     def _tell(self, reached: Tensor, step: Tensor, rejected: Tensor) -> None:
@@ -359,16 +363,18 @@ class _Way:
         shortest = 16 * torch.finfo(torch.float64).eps * reached.abs()
         stuck = rejected & ~(step.abs() > shortest)  # NaN, from a first answer that is not finite, among them
         ahead = reached * self.direction
-        numbers = torch.stack([still.sum().double(), stuck.any().double(), ahead.min(), ahead.max()]).tolist()
-        self.active, self.stuck = int(numbers[0]), bool(numbers[1])
+        first_stuck = torch.where(stuck.any(), stuck.int().argmax(), -1)
+        numbers = torch.stack([still.sum().double(), first_stuck.double(), ahead.min(), ahead.max()]).tolist()
+        self.active, self.stuck = int(numbers[0]), int(numbers[1])
         self.slowest, self.fastest = numbers[2], numbers[3]
 
     def check(self) -> None:
         """Raise `UserError` when a sample cannot go on."""
-        if self.stuck:
+        if self.stuck >= 0:
             self.fail(
+                self.stuck,
                 "cannot go on with steps of any length: the network's answers there are not finite, or the states run "
-                "away; check the network, or take solver.prediction and solver.variable that suit it"
+                "away; check the network, or take solver.prediction and solver.variable that suit it",
             )
 
     def leave(self) -> None:
@@ -384,11 +390,10 @@ class _Way:
         """Note where the samples of the batch are."""
         self.arrived[self.rows] = self.stepper.x(self.states, self.place)
 
-    def fail(self, why: str) -> None:
-        """Raise `UserError` that names the slowest sample and its time."""
-        slowest = int((self.place * self.direction).argmin())
-        t = float(self.stepper.time(self.place[slowest]))
-        raise UserError(f"sample {int(self.rows[slowest])} of the batch at t={t:.4g} {why}")
+    def fail(self, position: int, why: str) -> None:
+        """Raise `UserError` that names the sample at `position` in the batch and its time."""
+        t = float(self.stepper.time(self.place[position]))
+        raise UserError(f"sample {int(self.rows[position])} of the batch at t={t:.4g} {why}")
 
 
 class _Frames:

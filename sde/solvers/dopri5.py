@@ -32,6 +32,7 @@ from sde.solvers.adaptive import (
     Trial,
     check_tolerances,
     check_variable,
+    coarse,
     rms,
     rounding,
 )
@@ -190,7 +191,7 @@ class DormandPrince:
         longer = torch.where(
             most <= 1e-15, (1e-3 * h).clamp_min(1e-6 * left), (0.01 / most) ** (1 / self.options.order)
         )
-        return (y, slope), torch.minimum(100 * h, longer)
+        return (y, slope), coarse(torch.minimum(100 * h, longer))
 
     def limit(self, place: Tensor, step: Tensor) -> Tensor:
         return step

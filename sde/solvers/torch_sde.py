@@ -5,7 +5,8 @@ torchsde integrates dx = a(x, s) ds + b(s) dW forwards; with s = t_0 - t that is
     a = -(f x - (1 + eta^2)/2 g^2 score),    b = eta g.
 
 Each sample has a `BrownianInterval` of its own, a random-access Brownian path, seeded by the sample's first draws of
-noise: sample k of a seed has one path, whatever its batch and whatever the steps.
+noise: sample k of a seed does not depend on its batch. With other steps it is on another path, since torchsde draws a
+path as it is asked.
 """
 
 from __future__ import annotations
