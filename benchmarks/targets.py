@@ -69,7 +69,7 @@ class SharedVarianceMixture(AbstractDenoiser):
             "denoised": (alpha * self.variance / total, sigma**2 / total),
             "eps": (sigma / total, -alpha * sigma / total),
             "score": (-1 / total, alpha / total),
-            "v": (alpha * sigma * (1 - self.variance) / total, -sigma / total),
+            "v": (alpha * sigma * (1 - self.variance) / total, -sigma * (alpha**2 + sigma**2) / total),
         }[name]
         return partial(
             _from_shares, means=means * (alpha / total), bias=bias[:, None], on_x=on_x, ends=means.T * on_mean
