@@ -23,8 +23,7 @@ from sde.processes import SDE
 from sde.randomness import Noise
 from sde.reverse import ReverseProcess
 from sde.solvers.base import Callback, Solution, Solver, State
-
-VARIABLES = ("angle", "log_snr", "noise_level", "time")
+from sde.solvers.levels import VARIABLES
 
 States = tuple[Tensor, ...]
 """What a stepper carries for each sample, every tensor (b, ...); the first is the one that is integrated."""
