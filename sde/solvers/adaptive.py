@@ -23,7 +23,8 @@ from sde.processes import SDE
 from sde.randomness import Noise
 from sde.reverse import ReverseProcess
 from sde.solvers.base import Callback, Solution, Solver, State
-from sde.solvers.levels import VARIABLES
+
+VARIABLES = ("angle", "log_snr", "noise_level", "time")  # those of `sde.solvers.levels` that have a closed inverse
 
 States = tuple[Tensor, ...]
 """What a stepper carries for each sample, every tensor (b, ...); the first is the one that is integrated."""
