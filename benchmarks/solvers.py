@@ -4,6 +4,7 @@ r"""How close the solvers come for a given number of network evaluations.
     python -m benchmarks.solvers --quick            # a minute: fewer samples, fewer budgets, two problems
     python -m benchmarks.solvers --run runs/...     # on a trained model too
     python -m benchmarks.solvers --docs docs/solvers.md     # and write tables and curves there
+    python -m benchmarks.solvers --earlier solvers-benchmark/solvers.json --solvers adams    # that one again
 
 Where the score is known exactly (`benchmarks.targets`) all error is the solver's. Solvers run with their defaults and
 their own grids, with as many steps as a budget of evaluations allows (`sde.sampling.times_within`), from T to
@@ -24,6 +25,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import json
 import math
 import multiprocessing
 import os
@@ -442,7 +444,7 @@ def draw(
             for rank, (solver, by_budget) in enumerate(found.items()):
                 points = sorted((row["nfe"], row[key]) for row in by_budget.values())
                 x, y = [n for n, _ in points], [min(value, _DIVERGED) for _, value in points]
-                curves.append(Curve(solver, x, y, rank < _COLORED, dashed=_peer(solver) is not None))
+                curves.append(Curve(solver, x, y, rank < _COLORED, dashed=by_budget[min(by_budget)]["peer"]))
             save_curves(folder / name, curves, f"{TITLES[target]}, {sde}", KEYS[key], lowest)
             files.append(folder / name)
     return files
@@ -467,7 +469,8 @@ def overview() -> str:
             cost = f"{(many - few) / 9:.3g}"
         links = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in dict.fromkeys(papers))
         kind = "SDE" if solver.stochastic else "ODE"
-        first = " ".join(doc.split("\n\n")[0].split()).replace("|", "\\|")
+        first = " ".join(doc.split("\n\n")[0].split()).replace("|", "\\|").replace(" (see the module)", "")
+        first = first.rstrip(":.")
         rows.append([f"`{name}`", first, kind, str(solver.order), cost, f"`{solver.grid_name}`", links])
     head = ["solver=", "what it is", "of the", "order", "NFE a step", "grid", "arXiv"]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
@@ -517,6 +520,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer samples, budgets and problems")
     parser.add_argument("--solvers", nargs="+", metavar="NAME", help="only these of the registry and of the peers")
+    parser.add_argument(
+        "--earlier", metavar="FILE", help="a solvers.json: only what --solvers names is measured again, if anything"
+    )
     parser.add_argument("--run", metavar="FOLDER", help="also on this trained run (or: latest)")
     parser.add_argument("--only-run", action="store_true", help="nothing but the trained run")
     parser.add_argument("--run-samples", type=int, default=16, help="samples of the trained run")
@@ -556,20 +562,22 @@ def run(options: argparse.Namespace) -> None:
 
 def on_targets(settings: Settings, options: argparse.Namespace, pictures: Path, docs: Path | None) -> dict[str, Any]:
     """All exact problems: prints and draws what was found, and returns it."""
+    earlier = [] if options.earlier is None else earlier_rows(Path(options.earlier))
+    wanted = options.solvers if options.solvers is not None else [] if earlier else None
+    known = {name for _, sde in settings.cases for name in entries(sde)}
+    unknown = sorted(set(wanted or []) - known)
+    if unknown:
+        raise UserError(f"{unknown[0]!r} is neither a solver nor a peer: there are {', '.join(sorted(known))}")
     jobs = [
         Job(target, sde, name, settings)
         for target, sde in settings.cases
         for name in entries(sde)
-        if options.solvers is None or name in options.solvers
+        if wanted is None or name in wanted
     ]
-    known = {name for _, sde in settings.cases for name in entries(sde)}
-    unknown = sorted(set(options.solvers or []) - known)
-    if unknown:
-        raise UserError(f"{unknown[0]!r} is neither a solver nor a peer: there are {', '.join(sorted(known))}")
     processes = options.processes or min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
     threads = torch.get_num_threads()
     started = time.perf_counter()
-    rows = measure_all(jobs, processes)
+    rows = [row for row in earlier if row["solver"] not in (wanted or [])] + measure_all(jobs, processes)
     torch.set_num_threads(threads)
     floor = {case: floors(*case, settings) for case in settings.cases}
     text = report(rows, settings, floor)
@@ -584,6 +592,19 @@ def on_targets(settings: Settings, options: argparse.Namespace, pictures: Path, 
         "floors": [{"target": target, "sde": sde, **values} for (target, sde), values in floor.items()],
         "rows": rows,
     }
+
+
+def earlier_rows(path: Path) -> list[Row]:
+    """The rows of a solvers.json.
+
+    Raises:
+        UserError: when there is none.
+    """
+    try:
+        rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"earlier={path} is no solvers.json of this benchmark ({error}): leave it out") from error
+    return rows
 
 
 if __name__ == "__main__":

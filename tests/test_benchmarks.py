@@ -267,11 +267,19 @@ def test_the_benchmark_of_solvers_runs(tmp_path: Path, capsys: pytest.CaptureFix
         "solvers_error_vp.png",
         "solvers_sw1_vp.png",
     ]
-    for mistake in (["--solvers", "adms"], ["--samples", "0"]):
+    again = ["--quick", "--processes", "1", "--samples", "200", "--earlier", str(tmp_path / "out" / "solvers.json")]
+    solvers.main([*again, "--solvers", "heun", "--out", str(tmp_path / "again")])
+    repeated = json.loads((tmp_path / "again" / "solvers.json").read_text())["rows"]
+    timeless = [sorted((k, str(v)) for k, v in row.items() if k != "seconds") for row in (*found["rows"], *repeated)]
+    assert sorted(timeless[: len(repeated)]) == sorted(timeless[len(repeated) :])
+    capsys.readouterr()
+    for mistake in (["--solvers", "adms"], ["--samples", "0"], ["--earlier", "nothing.json"]):
         with pytest.raises(SystemExit) as end:
             solvers.main(["--quick", "--processes", "1", "--out", str(tmp_path / "out"), *mistake])
         assert end.value.code == 2
-    assert "'adms' is neither a solver nor a peer" in capsys.readouterr().err
+    sentences = capsys.readouterr().err
+    assert "'adms' is neither a solver nor a peer" in sentences
+    assert "nothing.json is no solvers.json" in sentences
 
 
 def test_the_benchmark_of_overhead_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
