@@ -197,8 +197,8 @@ def save_curves(
     if floor is not None:
         axes.axhline(floor[1], color="0.4", lw=1, ls="--")
         axes.annotate(floor[0], (0.01, floor[1]), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
-    budgets = sorted({x for curve in curves for x in curve.x})
-    axes.set_xticks(budgets, [f"{x:g}" for x in budgets], rotation=0 if len(budgets) < 12 else 90)
+    ticks = _far_apart(sorted({x for curve in curves for x in curve.x}))
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
     axes.xaxis.minorticks_off()
     axes.grid(alpha=0.25)
     _label_ends(axes, ends)
@@ -210,19 +210,35 @@ def _label_ends(axes, ends: Sequence[tuple[float, float, str, object]]) -> None:
     """Names right of the axes at the heights of the curves' ends, moved apart where they would overlap."""
     bottom, top = (math.log(y) for y in axes.get_ylim())
     ends = sorted(ends, key=lambda end: end[1])
-    places = [(math.log(y) - bottom) / (top - bottom) for _, y, _, _ in ends]
-    gap = min(0.036, 1 / max(len(places), 1))
-    for i in range(1, len(places)):
-        places[i] = max(places[i], places[i - 1] + gap)
-    highest = 1.0
-    for i in reversed(range(len(places))):
-        places[i] = min(places[i], highest)
-        highest = places[i] - gap
+    places = _spread([(math.log(y) - bottom) / (top - bottom) for _, y, _, _ in ends], 0.036)
     for (x, y, name, color), place in zip(ends, places, strict=True):
         axes.annotate(
             name, (x, y), xytext=(1.03, place), textcoords="axes fraction", va="center", fontsize=9, color=color,
             arrowprops={"arrowstyle": "-", "color": color, "lw": 0.6, "ls": ":", "shrinkA": 0, "shrinkB": 2},
         )  # fmt: skip
+
+
+def _spread(places: Sequence[float], gap: float) -> list[float]:
+    """Increasing `places` moved as little as possible (in squares) until neighbors are `gap` apart."""
+    groups: list[tuple[int, float]] = []  # size, and the mean of the places less the gaps before them
+    for i, place in enumerate(places):
+        size, mean = 1, place - i * gap
+        while groups and groups[-1][1] > mean:
+            other, above = groups.pop()
+            size, mean = size + other, (size * mean + other * above) / (size + other)
+        groups.append((size, mean))
+    levels = [mean for size, mean in groups for _ in range(size)]
+    return [level + i * gap for i, level in enumerate(levels)]
+
+
+def _far_apart(values: Sequence[float]) -> list[float]:
+    """Those of the increasing `values` whose labels do not touch on a logarithmic axis, the last one among them."""
+    kept: list[float] = []
+    span = math.log(values[-1] / values[0]) if len(values) > 1 else 1.0
+    for value in reversed(values):
+        if not kept or math.log(kept[-1] / value) > 0.045 * span:
+            kept.append(value)
+    return kept
 
 
 def _pyplot():  # type: ignore[no-untyped-def]  # matplotlib's own module type

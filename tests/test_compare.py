@@ -15,6 +15,7 @@ from sde.compare import Outcome, Trial, distance, row_of
 from sde.denoiser import GaussianDenoiser
 from sde.errors import UserError
 from sde.grids import Uniform
+from sde.pictures import _far_apart, _spread
 from sde.processes import VP
 from sde.runs import find_run, open_checkpoint, restore_denoiser
 from sde.sampling import Plan, count_evaluations, draw, make_times, times_within
@@ -219,3 +220,19 @@ def test_a_mistake_gets_one_sentence(arguments: list[str], expected: list[str], 
     for text in expected:
         assert text in done.err
     assert sorted(point_run.rglob("*")) == before
+
+
+# Curves
+
+
+def test_labels_move_no_further_than_they_must() -> None:
+    assert _spread([0.0, 0.0, 1.0], 0.1) == pytest.approx([-0.05, 0.05, 1.0])
+    assert _spread([0.0, 0.5], 0.1) == [0.0, 0.5]
+    crowded = _spread([0.2, 0.21, 0.22, 0.25], 0.1)
+    assert np.diff(crowded) == pytest.approx([0.1] * 3)
+    assert np.mean(crowded) == pytest.approx(np.mean([0.2, 0.21, 0.22, 0.25]))
+
+
+def test_ticks_do_not_touch() -> None:
+    assert _far_apart([10, 48, 49, 50]) == [50, 10]
+    assert _far_apart([7]) == [7]
