@@ -140,6 +140,14 @@ class PredictorCorrector(Solver):
     def grid_name(self) -> str:
         return "score_sde" if self.discretization == "score_sde" else self.default_grid
 
+    def check_times(self, sde: SDE, times: Sequence[float]) -> list[float]:
+        """As in `Solver`, and that the predictor's steps stand by themselves on this grid."""
+        checked = super().check_times(sde, times)
+        predictor = self._predictor()
+        if isinstance(predictor, LinearSolver):
+            _check_steps(self.predictor, predictor, sde, tuple(checked))
+        return checked
+
     def init(self, process: ReverseProcess, times: Sequence[float], x: Tensor) -> State:
         places = _places(self, process.sde, tuple(times))
         scores = iter(process.evaluations("score", [at.time for at in places if at is not None], x))
@@ -152,8 +160,6 @@ class PredictorCorrector(Solver):
         ]
         predictor = self._predictor("mean" if self.final == "mean" and predicts_last else "none")
         if predictor is not None:
-            if isinstance(predictor, LinearSolver):
-                _check_steps(self.predictor, predictor, process.sde, tuple(times))
             for moves, prediction in zip(steps, _predictions(predictor, process, times, x), strict=True):
                 moves.insert(len(moves) if before else 0, prediction)
         return State(plan=steps)
