@@ -35,7 +35,8 @@ class Adams(LinearSolver):
         prediction: what is interpolated: "edm", "denoised" or "eps".
         variable: over what: "focused", "angle", "log_snr", "noise_level" or "time".
         sigma_data: standard deviation of the data, for "edm", "focused" and "angle", and for the second guard.
-        few_steps: with fewer steps than this the order is 2 at most.
+        few_steps: with fewer steps than this the order is 2 at most, and with fewer than half as many nothing is
+            corrected.
         final: last-step policy, see `Solver`.
     """
 
@@ -69,7 +70,8 @@ class Adams(LinearSolver):
     def plan(self, sde: SDE, times: Sequence[float]) -> Sequence[Step]:
         levels = Levels(sde, times)
         order = min(self.order, 2) if levels.steps < self.few_steps else self.order
-        return multistep(levels, self.rule, order, order - 1 if self.corrector else None, 10 * self.sigma_data)
+        corrects = self.corrector and 2 * levels.steps >= self.few_steps
+        return multistep(levels, self.rule, order, order - 1 if corrects else None, 10 * self.sigma_data)
 
 
 def multistep(
