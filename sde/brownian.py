@@ -112,7 +112,7 @@ class BrownianNoise:
             raise UserError(
                 f"the step from t={t:g} to s={s:g} is too short for a Brownian path: the clock moves by "
                 f"{abs(c_t - c_s):.2g}, less than its smallest cell of {self.reach / 2**15:.2g}; take fewer steps, "
-                "or SampleNoise"
+                "or independent draws (noise=independent, SampleNoise)"
             )
         at_t = self._value(point_t)
         at_s = self._value(point_s)

@@ -18,6 +18,7 @@ from typing import Any
 
 import hydra
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -198,8 +199,8 @@ def group_file(group: str, name: str) -> dict[str, Any]:
     Raises:
         UserError: when there is no such file.
     """
-    names = sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
-    check_choice(group, name, names)
+    known = GlobalHydra.instance().config_loader()  # with the folders of --config-dir
+    check_choice(group, name, known.get_group_options(group))
     node = plain(hydra.compose(f"{group}/{name}"))
     return node.get(group, node)
 

@@ -13,21 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sde.cli import choices, run_command
+from sde.cli import Interrupted, run_command
 from sde.config import build
 from sde.data import DataInfo
 from sde.denoiser import Denoiser
 from sde.devices import PRECISIONS, autocast, cast_weights, compile_network, keep_memory, pick_device
 from sde.errors import UserError, check_choice, check_flag, check_number
 from sde.files import atomic_write, write_json
-from sde.grids import Grid
+from sde.grids import GRIDS, Grid
 from sde.pictures import save_animation, save_grid, save_scatter, save_score_field, scatter, tile
 from sde.progress import progress_bar
 from sde.randomness import sample_seed
 from sde.runs import Run, find_run, open_checkpoint, restore_denoiser
 from sde.sampling import NOISES, Plan, denoised_at_the_end, draw, draw_batch, make_times
-from sde.solvers import Solver
+from sde.solvers import SOLVERS, Solver
 from sde.training.checkpoint import Checkpoint
+from sde.training.stopping import StopRequest
 
 _FRAMES = 60  # of a trajectory
 _SHOWN = 256  # pictures in a grid
@@ -47,6 +48,11 @@ def sample(config: dict[str, Any]) -> None:
     solver: Solver = build(config["solver"], "solver")
     grid = chosen_grid(config)
     run, checkpoint, denoiser, info = open_model(config, device)
+    if config["noise"] == "path" and solver.stochastic and not solver.follows_path:
+        raise UserError(
+            f"noise=path cannot be followed by solver={SOLVERS.name_of(type(solver))}, whose draws do not belong to "
+            f"steps: leave it out, or take a solver of the reverse SDE such as dpmpp_2m_sde or euler_maruyama"
+        )
     times = make_times(solver, denoiser, grid, config["steps"])
     if config["denoise"]:
         solver = denoised_at_the_end(solver, denoiser, times)
@@ -56,12 +62,15 @@ def sample(config: dict[str, Any]) -> None:
     try:
         started = time.perf_counter()
         with autocast(device, config["precision"]):
-            samples, nfe = draw_all(denoiser, plan, info, config["n"], config["batch_size"], labels)
+            samples, nfe, asked_to_stop = draw_all(denoiser, plan, info, config["n"], config["batch_size"], labels)
         seconds = time.perf_counter() - started
-        write_samples(folder / "samples.npz", samples, info, labels)
-        write_json(folder / "info.json", describe(config, solver, grid, plan, nfe, seconds, checkpoint))
-        print(f"{config['n']} samples in {seconds:.1f} s, {max(nfe)} evaluations each, from {checkpoint.path}")
+        n = len(samples)
+        write_samples(folder / "samples.npz", samples, info, None if labels is None else labels[:n])
+        write_json(folder / "info.json", describe(config, solver, grid, plan, nfe, seconds, checkpoint, n))
+        print(f"{n} samples in {seconds:.1f} s, {max(nfe)} evaluations each, from {checkpoint.path}")
         draw_pictures(folder, samples, info, denoiser, plan)
+        if asked_to_stop is not None:
+            raise Interrupted(f"interrupted: {n} of {config['n']} samples are in {folder}", 128 + asked_to_stop)
         if config["trajectory"]:
             with autocast(device, config["precision"]):
                 draw_trajectory(folder / "trajectory.gif", denoiser, plan, info, min(config["n"], 64), labels)
@@ -124,19 +133,20 @@ def describe(
     nfe: list[int],
     seconds: float,
     checkpoint: Checkpoint,
+    n: int,
 ) -> dict[str, Any]:
     """What info.json says: everything that made the samples, and what they cost."""
     return {
-        "solver": choices()["solver"],
+        "solver": SOLVERS.name_of(type(solver)),
         "options": asdict(solver),  # type: ignore[call-overload]  # solvers are dataclasses
-        "grid": choices()["grid"] if grid is not None else solver.grid_name,
+        "grid": GRIDS.name_of(type(grid)) if grid is not None else solver.grid_name,
         "steps": None if solver.default_steps is None else len(plan.times) - 1,
         "times": list(plan.times),
         "nfe": max(nfe),
         "nfe_per_batch": nfe,
-        "n": config["n"],
+        "n": n,
         "seconds": round(seconds, 3),
-        "seeds": {"seed": config["seed"], "samples": [0, config["n"] - 1]},
+        "seeds": {"seed": config["seed"], "samples": [0, n - 1]},
         "noise": plan.noise,
         "label": config["label"],
         "batch_size": config["batch_size"],
@@ -185,7 +195,7 @@ def class_labels(label: Any, n: int, denoiser: Denoiser, info: DataInfo) -> Tens
 def default_name(solver: Solver, plan: Plan) -> str:
     """What a folder of samples is called: after solver, steps and seed."""
     steps = "" if solver.default_steps is None else f"-{len(plan.times) - 1}"
-    return f"{choices()['solver']}{steps}-seed{plan.seed}"
+    return f"{SOLVERS.name_of(type(solver))}{steps}-seed{plan.seed}"
 
 
 def new_folder(run: Run, out: Any, name: str) -> Path:
@@ -207,21 +217,37 @@ def new_folder(run: Run, out: Any, name: str) -> Path:
 
 def draw_all(
     denoiser: Denoiser, plan: Plan, info: DataInfo, n: int, batch_size: int, labels: Tensor | None
-) -> tuple[Tensor, list[int]]:
-    """All samples, decoded (uint8 pixels or float32 vectors) on the CPU, and the evaluations of each batch."""
-    batches, nfe = [], []
-    with progress_bar(n, unit="sample", desc="sampling", bar_format=_BAR) as bar:
+) -> tuple[Tensor, list[int], int | None]:
+    """Samples, decoded (uint8 pixels or float32 vectors) on the CPU, and the evaluations of each batch.
+
+    Asked to stop (SIGINT, SIGTERM), it leaves between two steps with the batches that are done, and gives the signal.
+
+    Raises:
+        Interrupted: when none is.
+    """
+    batches: list[Tensor] = []
+    nfe: list[int] = []
+    with StopRequest().listening() as stop, progress_bar(n, unit="sample", desc="sampling", bar_format=_BAR) as bar:
 
         def progress(share: float) -> None:
+            if stop.signal is not None:
+                raise _Stopped
             bar.update(share * n - bar.n)
 
-        for solution in draw(denoiser, plan, n, batch_size, labels, progress):
-            finite = torch.isfinite(solution.x)
-            if not bool(finite.all()):
-                print(f"\nwarning: {int((~finite).sum())} values of this batch are not finite", flush=True)
-            batches.append(info.decode(solution.x).cpu())
-            nfe.append(solution.nfe)
-    return torch.cat(batches), nfe
+        with contextlib.suppress(_Stopped):
+            for solution in draw(denoiser, plan, n, batch_size, labels, progress):
+                finite = torch.isfinite(solution.x)
+                if not bool(finite.all()):
+                    print(f"\nwarning: {int((~finite).sum())} values of this batch are not finite", flush=True)
+                batches.append(info.decode(solution.x).cpu())
+                nfe.append(solution.nfe)
+    if not batches and stop.signal is not None:
+        raise Interrupted("interrupted; nothing was left half-written", 128 + stop.signal)
+    return torch.cat(batches), nfe, stop.signal
+
+
+class _Stopped(Exception):
+    """Leaves a solver between two steps."""
 
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"

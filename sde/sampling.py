@@ -54,7 +54,8 @@ def make_times(solver: Solver, denoiser: AbstractDenoiser, grid: Grid | None, st
     chosen = grid if grid is not None else GRIDS.get(solver.grid_name)()
     if steps is not None and solver.default_steps is None:
         raise UserError(
-            f"steps={steps} means nothing to this solver, which chooses its own: set solver.rtol and solver.atol"
+            f"steps={steps} means nothing to this solver, which has no use for a grid: set "
+            + ("solver.rtol and solver.atol" if hasattr(solver, "rtol") else "solver.steps")
         )
     if isinstance(chosen, Explicit):
         times = chosen(denoiser.sde, steps)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -462,3 +466,47 @@ def test_a_wheel_works_from_another_folder(tmp_path: Path) -> None:
         check=True,
     ).stdout.strip()
     assert where == str(tmp_path / "site" / "sde" / "conf")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_sampling_keeps_its_batches(
+    number: int, code: int, point_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked to stop in the third batch: two are kept, the same samples as those of a run to the end."""
+    whole = command("sde.sample", "solver=heun", "steps=4", "n=12", "batch_size=3", "out=whole", folder=point_run)
+    assert whole.code == 0, whole.err
+    sampling = importlib.import_module("sde.sampling")
+    original, batches = sampling.draw_batch, []
+
+    def draw_batch(denoiser: Any, plan: Any, indices: Any, *others: Any) -> Any:
+        batches.append(indices)
+        if len(batches) == 3:
+            os.kill(os.getpid(), number)
+        return original(denoiser, plan, indices, *others)
+
+    monkeypatch.setattr(sampling, "draw_batch", draw_batch)
+    out = f"stopped-{code}"
+    done = command("sde.sample", "solver=heun", "steps=4", "n=12", "batch_size=3", f"out={out}", folder=point_run)
+    assert done.code == code
+    assert "6 of 12 samples are in" in done.sentence
+    kept, full = (np.load(point_run / name / "samples.npz")["samples"] for name in (out, "whole"))
+    np.testing.assert_array_equal(kept, full[:6])
+    info = json.loads((point_run / out / "info.json").read_text())
+    assert (info["n"], info["seeds"]["samples"]) == (6, [0, 5])
+    batches.clear()
+    batches += [None, None]
+    done = command("sde.sample", "solver=heun", "steps=4", "n=12", "batch_size=3", "out=nothing", folder=point_run)
+    assert (done.code, done.sentence) == (code, "interrupted; nothing was left half-written")
+    assert not (point_run / "nothing").exists()
+    shutil.rmtree(point_run / out)
+    shutil.rmtree(point_run / "whole")
+
+
+def test_a_path_needs_draws_that_belong_to_steps(point_run: Path) -> None:
+    refused = command("sde.sample", "solver=pc", "noise=path", folder=point_run)
+    assert refused.code == 2
+    assert "noise=path cannot be followed by solver=pc" in refused.sentence
+    done = command("sde.sample", "solver=dpmpp_2m_sde", "noise=path", "steps=3", "n=2", "out=along", folder=point_run)
+    assert done.code == 0, done.err
+    assert json.loads((point_run / "along" / "info.json").read_text())["noise"] == "path"
+    shutil.rmtree(point_run / "along")

@@ -25,9 +25,10 @@ class Adams(LinearSolver):
     it, at no further evaluation (PEC mode). The defaults interpolate EDM's F, which leaves nothing to approximate but
     how the data differ from a Gaussian of their standard deviation.
 
-    Order `order`; one evaluation a step. The smallest error for a given number of evaluations of all solvers here: take
-    it unless you need noise. Two guards keep it from overshooting: formulas of three and more values are used neither
-    with few steps nor at noise levels above 10 sigma_data, where networks that predict the noise are rough in time.
+    Order `order`; one evaluation a step. Among the smallest errors of all solvers here with 6 to 80 evaluations: take
+    it unless you need noise. For more digits raise `order`, or take `unipc` or `dopri5`. Two guards keep it from
+    overshooting: formulas of three and more values are used neither with few steps nor at noise levels above
+    10 sigma_data, where networks that predict the noise are rough in time.
 
     Args:
         order: values that are interpolated, 1 to 6; 4 and more pay from some 50 steps on.

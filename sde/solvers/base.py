@@ -103,6 +103,11 @@ class Solver(ABC):
         return False
 
     @property
+    def follows_path(self) -> bool:
+        """Whether all draws belong to the intervals of steps, so that on a Brownian path more steps refine a sample."""
+        return False
+
+    @property
     def grid_name(self) -> str:
         """The grid that suits these options; `default_grid` unless a leaf says otherwise."""
         return self.default_grid

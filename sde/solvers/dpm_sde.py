@@ -128,7 +128,7 @@ class DPMpp2MSDE(LinearSolver):
 
     def __post_init__(self) -> None:
         check_choice("solver.solver_type", self.solver_type, SOLVER_TYPES)
-        check_number("solver.eta", self.eta, at_least=0)
+        check_number("solver.eta", self.eta, at_least=0, at_most=100)
         check_number("solver.s_noise", self.s_noise, at_least=0)
         check_number("solver.few_steps", self.few_steps, at_least=0)
         self.check_final()
@@ -183,7 +183,7 @@ class DPMpp3MSDE(LinearSolver):
     final: str = "none"
 
     def __post_init__(self) -> None:
-        check_number("solver.eta", self.eta, at_least=0)
+        check_number("solver.eta", self.eta, at_least=0, at_most=100)
         check_number("solver.s_noise", self.s_noise, at_least=0)
         check_number("solver.few_steps", self.few_steps, at_least=0)
         check_flag("solver.published", self.published)

@@ -57,6 +57,10 @@ class Heun(LinearSolver):
     def stochastic(self) -> bool:
         return self.s_churn > 0
 
+    @property
+    def follows_path(self) -> bool:
+        return False  # a level that is raised reaches back into the step before
+
     def plan(self, sde: SDE, times: Sequence[float]) -> Sequence[Step]:
         levels, steps = Levels(sde, times), []
         for i in range(levels.steps):

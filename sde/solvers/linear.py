@@ -52,6 +52,10 @@ class LinearSolver(Solver):
         """What of the denoiser is evaluated; `evaluates` unless the options decide."""
         return self.evaluates
 
+    @property
+    def follows_path(self) -> bool:
+        return True
+
     @abstractmethod
     def plan(self, sde: SDE, times: Sequence[float]) -> Sequence[Step]:
         """The stages of each step of the grid `times`: one entry less than there are times.

@@ -112,7 +112,7 @@ class SASolver(LinearSolver):
         check_order(self.predictor_order, 4, "predictor_order")
         if self.corrector_order != 0 or isinstance(self.corrector_order, bool):
             check_order(self.corrector_order, 5, "corrector_order")
-        check_number("solver.tau", self.tau, at_least=0)
+        check_number("solver.tau", self.tau, at_least=0, at_most=100)
         check_number("solver.tau_low", self.tau_low, at_least=0)
         if not self.tau_high > self.tau_low:  # infinity passes, NaN does not
             raise UserError(
