@@ -65,7 +65,7 @@ _FLOORS = 20  # pairs of exact sets
 _COLORED = 12
 _JUDGED = (8, 100)  # budgets by which solvers are sorted
 _DIVERGED = 10.0
-LEFT_OUT = {"torchsde": "makes every sample's Brownian path by itself, which takes minutes for 20,000 of them"}
+LEFT_OUT = {"torchsde": "makes every sample's Brownian path by itself: minutes for 20,000 of them"}
 
 
 @dataclass(frozen=True)
