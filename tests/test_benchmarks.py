@@ -245,6 +245,12 @@ def test_every_solver_is_described() -> None:
     assert "[2206.00364](https://arxiv.org/abs/2206.00364)" in text
 
 
+def test_the_page_on_solvers_names_them_all() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "solvers.md").read_text(encoding="utf-8")
+    missing = [name for name in SOLVERS if f"\n| `{name}` |" not in page]
+    assert not missing, f"run `python -m benchmarks.solvers --docs docs/solvers.md`: {missing}"
+
+
 def test_the_benchmark_of_solvers_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     docs = tmp_path / "docs.md"
     places = ("solvers", "solvers on exact scores")
