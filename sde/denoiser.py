@@ -60,6 +60,10 @@ class AbstractDenoiser(nn.Module, ABC):
 
         return [at(float(t)) for t in times]
 
+    def select(self, indices: Tensor) -> AbstractDenoiser:
+        """The denoiser for these examples of the batch (b,) alone; itself, unless it knows them one by one."""
+        return self
+
     def denoised(self, x: Tensor, t: Time, label: Tensor | None = None) -> Tensor:
         """E[x_0 | x_t = x]."""
         return self.output("denoised", x, t, label)

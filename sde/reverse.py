@@ -76,4 +76,4 @@ class ReverseProcess:
 
     def select(self, indices: Tensor) -> ReverseProcess:
         """The same process on part of the batch (with a count of its own)."""
-        return ReverseProcess(self.denoiser, None if self.label is None else self.label[indices])
+        return ReverseProcess(self.denoiser.select(indices), None if self.label is None else self.label[indices])

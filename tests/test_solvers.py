@@ -96,6 +96,11 @@ def solve(
     return solver.solve(ReverseProcess(denoiser, label), x, times, noise).x
 
 
+def both_ways(solver: Solver) -> bool:
+    """Whether `solver` carries data to noise as well."""
+    return solver.both_ways and not solver.stochastic
+
+
 # Convergence of the end point
 
 
@@ -124,6 +129,21 @@ def test_order_of_the_end_point(solver: Solver, sde: SDE, place: PlaceTimes) -> 
 
     # right to (c / n)^2 between n and 2n, and steps are smooth on the scale of c = 7 of them, and of more for formulas
     # that reach over several; from order 4 on, n is bounded by the rounding of errors of 1e-12
+    n, tolerance = {1: (40, 0.03), 2: (80, 0.03), 3: (200, 0.05)}.get(solver.order, (100, 0.05))
+    assert observed_order(error, n, solver.order) == pytest.approx(solver.order, abs=tolerance)
+
+
+@pytest.mark.parametrize(("sde", "place"), [p for p in orders_on() if p.id in ("vp-uniform", "ve-odd-uneven")])
+@pytest.mark.parametrize("solver", [p for p in variants(corrected=False, stepping=True) if both_ways(p.values[0])])
+def test_order_on_the_way_to_noise(solver: Solver, sde: SDE, place: PlaceTimes) -> None:
+    """From the end points of the flow back to the states that it started from."""
+    exact, x = reference(sde)
+    low, high = moderate(sde)
+    denoiser = mixture().denoiser(sde)
+
+    def error(n: int) -> Tensor:
+        return solve(solver, denoiser, x, graded(place(high, low, n)[::-1])) - exact
+
     n, tolerance = {1: (40, 0.03), 2: (80, 0.03), 3: (200, 0.05)}.get(solver.order, (100, 0.05))
     assert observed_order(error, n, solver.order) == pytest.approx(solver.order, abs=tolerance)
 
@@ -1119,8 +1139,11 @@ def test_bad_options_are_named(cls: type[Solver], options: dict[str, Any], said:
 @pytest.mark.parametrize("solver", variants())
 def test_bad_grids_are_refused(solver: Solver) -> None:
     process, x = ReverseProcess(gaussian(VP())), normal(2, 1)
-    for times in ([0.1, 1.0], [1.0, 0.5, 0.5], [1.0], [], [1.0, -0.1], [1.0, math.nan, 0.1]):
+    for times in ([1.0, 0.5, 0.5], [1.0], [], [1.0, -0.1], [1.0, math.nan, 0.1]):
         with pytest.raises(UserError, match="decreasing"):
+            solver.solve(process, x, times, BatchNoise(x))
+    for times in ([0.0, 1.0], [0.1, 0.5, 0.5, 1.0], [-0.1, 1.0]) if both_ways(solver) else ([0.1, 1.0],):
+        with pytest.raises(UserError, match="an increasing time grid"):
             solver.solve(process, x, times, BatchNoise(x))
     assert process.nfe == 0
 

@@ -41,6 +41,7 @@ class Adams(LinearSolver):
         final: last-step policy, see `Solver`.
     """
 
+    both_ways: ClassVar[bool] = True
     default_grid: ClassVar[str] = "focused"
     default_steps: ClassVar[int | None] = 20
 

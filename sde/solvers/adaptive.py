@@ -140,7 +140,7 @@ class Clock:
         sde: the process.
         variable: "angle" arctan(u / sigma_data), "log_snr" -2 log u, "noise_level" u = sigma / alpha, or "time".
         sigma_data: standard deviation of the data, for "angle".
-        first, last: the two ends of the way in time, first > last.
+        first, last: the two ends of the way in time.
     """
 
     def __init__(self, sde: SDE, variable: str, sigma_data: float, first: float, last: float) -> None:
@@ -175,7 +175,7 @@ class Clock:
     def time(self, place: Tensor) -> Tensor:
         """The time; never outside of the way, which rounding might do."""
         t = place if self.variable == "time" else self.sde.t_of_noise_level(self.noise_level(place))
-        return t.clamp(self.last, self.first)
+        return t.clamp(min(self.first, self.last), max(self.first, self.last))
 
 
 def check_variable(variable: str, sigma_data: float) -> None:

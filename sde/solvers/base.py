@@ -79,6 +79,8 @@ class Solver(ABC):
     """A way from noise to data. Leaves are frozen dataclasses of their options.
 
     Attributes:
+        both_ways: whether, without noise, it carries data to noise as well, along an increasing time grid. True of
+            solvers of the probability-flow ODE; those of the reverse SDE know one direction.
         default_grid: name of the grid used when none is asked for.
         default_steps: number of steps used when none is asked for; None for a solver that chooses its own.
         final: what happens at the end of the grid, where x still holds noise of standard deviation sigma(t_n):
@@ -87,6 +89,7 @@ class Solver(ABC):
             asked to go. `python -m sde.sample denoise=true` asks for "tweedie".
     """
 
+    both_ways: ClassVar[bool] = False
     default_grid: ClassVar[str] = "uniform"
     default_steps: ClassVar[int | None]
     final: str
@@ -138,12 +141,13 @@ class Solver(ABC):
         Args:
             process: the denoiser, counted.
             x: state at `times[0]`.
-            times: decreasing times, at least two.
+            times: decreasing times, at least two; or increasing ones, along which a deterministic solver carries data
+                to noise.
             noise: source of standard normals shaped like `x`; needed by stochastic solvers.
             callback: told of the progress after each step.
 
         Raises:
-            UserError: for a grid that does not decrease, or a stochastic solver without noise.
+            UserError: for a grid that is no way, or a stochastic solver without noise.
         """
         times = self.check_times(process.sde, times)
         self._check_noise(noise)
@@ -166,12 +170,28 @@ class Solver(ABC):
             UserError: when they are no grid for this solver.
         """
         times = [float(t) for t in times]
+        if len(times) > 1 and times[0] < times[-1]:
+            return self._check_way_to_noise(sde, times)
         if len(times) < 2 or not all(t > s >= 0 for t, s in pairwise(times)):  # NaN does not pass
             raise UserError("the time grid must be at least two decreasing times, none negative")
         if self.final == "tweedie" and float(sde.sigma(times[-1])) == 0:
             raise UserError(
                 "solver.final=tweedie has nothing to remove where the time grid ends without noise (t = 0): "
                 "use solver.final=mean"
+            )
+        return times
+
+    def _check_way_to_noise(self, sde: SDE, times: list[float]) -> list[float]:
+        if not self.both_ways or self.stochastic or self.final != "none":
+            raise UserError(
+                f"an increasing time grid leads from data to noise, where {type(self).__name__} with these options "
+                f"cannot go: take a solver of the probability-flow ODE (adams, heun, dopri5, ...) without noise and "
+                f"with solver.final=none, or decreasing times"
+            )
+        if not all(t < s for t, s in pairwise(times)) or times[0] < 0 or float(sde.sigma(times[0])) == 0:
+            raise UserError(
+                f"an increasing time grid must start at a time with noise, such as t_min={sde.t_min:g}, and have no "
+                f"time twice"
             )
         return times
 

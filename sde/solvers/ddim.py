@@ -31,6 +31,7 @@ class DDIM(LinearSolver):
         final: last-step policy, see `Solver`.
     """
 
+    both_ways: ClassVar[bool] = True
     order: ClassVar[int] = 1
     default_grid: ClassVar[str] = "focused"
     default_steps: ClassVar[int | None] = 50

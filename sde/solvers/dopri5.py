@@ -84,6 +84,7 @@ class Dopri5(AdaptiveSolver):
         final: last-step policy, see `Solver`; "mean" is "none" here.
     """
 
+    both_ways: ClassVar[bool] = True
     order: ClassVar[int] = 5
 
     rtol: float = 1e-5

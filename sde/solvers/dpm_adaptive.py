@@ -14,6 +14,7 @@ evaluations, and their difference is the error.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -48,6 +49,8 @@ class DPMAdaptive(AdaptiveSolver):
         max_steps: attempts of any one sample before giving up.
         final: last-step policy, see `Solver`; "mean" is "none" here.
     """
+
+    both_ways: ClassVar[bool] = True
 
     order: int = 3
     rtol: float = 0.05

@@ -82,6 +82,7 @@ class DPMSolver(LinearSolver):
         final: last-step policy, see `Solver`.
     """
 
+    both_ways: ClassVar[bool] = True
     default_grid: ClassVar[str] = "focused"
     default_steps: ClassVar[int | None] = 17
 
@@ -115,6 +116,7 @@ class DPMpp2S(LinearSolver):
         final: last-step policy, see `Solver`.
     """
 
+    both_ways: ClassVar[bool] = True
     order: ClassVar[int] = 2
     default_grid: ClassVar[str] = "focused"
     default_steps: ClassVar[int | None] = 25
@@ -146,6 +148,7 @@ class DPMpp3S(LinearSolver):
         final: last-step policy, see `Solver`.
     """
 
+    both_ways: ClassVar[bool] = True
     order: ClassVar[int] = 3
     default_grid: ClassVar[str] = "focused"
     default_steps: ClassVar[int | None] = 17
@@ -181,6 +184,7 @@ class Exponential(LinearSolver):
         final: last-step policy, see `Solver`.
     """
 
+    both_ways: ClassVar[bool] = True
     default_grid: ClassVar[str] = "focused"
     default_steps: ClassVar[int | None] = 25
 

@@ -34,6 +34,7 @@ class Heun(LinearSolver):
             "tweedie".
     """
 
+    both_ways: ClassVar[bool] = True
     order: ClassVar[int] = 2
     default_grid: ClassVar[str] = "edm"
     default_steps: ClassVar[int | None] = 18

@@ -90,6 +90,7 @@ class LMS(LinearSolver):
         final: last-step policy, see `Solver`.
     """
 
+    both_ways: ClassVar[bool] = True
     default_grid: ClassVar[str] = "focused"
     default_steps: ClassVar[int | None] = 25
 
@@ -123,6 +124,7 @@ class DEIS(LinearSolver):
         final: last-step policy, see `Solver`.
     """
 
+    both_ways: ClassVar[bool] = True
     default_grid: ClassVar[str] = "focused"
     default_steps: ClassVar[int | None] = 20
 
@@ -161,6 +163,7 @@ class IPNDM(LinearSolver):
         final: last-step policy, see `Solver`.
     """
 
+    both_ways: ClassVar[bool] = True
     default_grid: ClassVar[str] = "focused"
     default_steps: ClassVar[int | None] = 20
 
@@ -200,6 +203,7 @@ class GradientEstimation(LinearSolver):
         final: last-step policy, see `Solver`.
     """
 
+    both_ways: ClassVar[bool] = True
     order: ClassVar[int] = 1
     default_grid: ClassVar[str] = "focused"
     default_steps: ClassVar[int | None] = 20
@@ -236,6 +240,7 @@ class DPMpp2M(LinearSolver):
         final: last-step policy, see `Solver`.
     """
 
+    both_ways: ClassVar[bool] = True
     order: ClassVar[int] = 2
     default_grid: ClassVar[str] = "focused"
     default_steps: ClassVar[int | None] = 20
@@ -286,6 +291,7 @@ class DPMpp3M(LinearSolver):
         final: last-step policy, see `Solver`.
     """
 
+    both_ways: ClassVar[bool] = True
     order: ClassVar[int] = 3
     default_grid: ClassVar[str] = "focused"
     default_steps: ClassVar[int | None] = 20

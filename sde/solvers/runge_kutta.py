@@ -119,6 +119,7 @@ class Euler(LinearSolver):
         final: last-step policy, see `Solver`.
     """
 
+    both_ways: ClassVar[bool] = True
     order: ClassVar[int] = 1
     default_grid: ClassVar[str] = "focused"
     default_steps: ClassVar[int | None] = 50
@@ -171,6 +172,7 @@ class DPM2(LinearSolver):
         final: last-step policy, see `Solver`.
     """
 
+    both_ways: ClassVar[bool] = True
     order: ClassVar[int] = 2
     default_grid: ClassVar[str] = "focused"
     default_steps: ClassVar[int | None] = 25
@@ -226,6 +228,7 @@ class Midpoint(LinearSolver):
         final: last-step policy, see `Solver`.
     """
 
+    both_ways: ClassVar[bool] = True
     order: ClassVar[int] = 2
     default_grid: ClassVar[str] = "focused"
     default_steps: ClassVar[int | None] = 25
@@ -270,6 +273,7 @@ class RK4(LinearSolver):
         final: last-step policy, see `Solver`.
     """
 
+    both_ways: ClassVar[bool] = True
     order: ClassVar[int] = 4
     default_grid: ClassVar[str] = "focused"
     default_steps: ClassVar[int | None] = 20

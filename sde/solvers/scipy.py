@@ -49,6 +49,7 @@ class SciPyODE(Solver):
         final: last-step policy, see `Solver`; "mean" is "none" here.
     """
 
+    both_ways: ClassVar[bool] = True
     order: ClassVar[int] = 5
     default_steps: ClassVar[int | None] = None
 

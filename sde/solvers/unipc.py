@@ -49,6 +49,7 @@ class UniPC(LinearSolver):
         final: last-step policy, see `Solver`.
     """
 
+    both_ways: ClassVar[bool] = True
     default_grid: ClassVar[str] = "focused"
     default_steps: ClassVar[int | None] = 20
 
