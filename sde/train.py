@@ -82,7 +82,7 @@ def train(config: dict[str, Any]) -> None:
         loss=build(config["loss"], "loss"),
         optimizer=build(config["optimizer"], "optimizer", params=denoiser.network.parameters()),
         options=options,
-        batches=Batches(dataset, options.batch_size, options.seed, device, labeled),
+        batches=Batches(dataset, options.batch_size, options.seed, device, labeled, options.dequantize),
     )
     if resumed:
         go_on(run, trainer)

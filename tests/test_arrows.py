@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": FOUNDATION | TOOLS,
     "data": FOUNDATION | TOOLS,
     "metrics": FOUNDATION | TOOLS,
-    "training": CORE | TOOLS | {"solvers", "guidance", "likelihood", "data", "models", "metrics"},
+    "training": CORE | TOOLS | {"solvers", "guidance", "likelihood", "density", "data", "models", "metrics"},
 }
 
 # Modules of the command lines; omegaconf comes with hydra.

@@ -40,7 +40,7 @@ CHANNELS = {"cifar10": 3, "mnist": 1, "glyphs": 1}
 # D / 2 or D, by which the original's sum over D dimensions is larger than a mean (reduce_mean=False; EDM)
 SUMS = {"ve": 0.5, "edm": 1.0}
 MEANS = {"ffhq1024_ve_ncsnpp"}  # reduce_mean=True
-OWN = {"cifar10", "mnist", "glyphs", "mnist_cpu"}  # whose sizes are chosen here
+OWN = {"cifar10", "mnist", "glyphs", "mnist_cpu", "mnist_likelihood"}  # whose sizes are chosen here
 
 # Largest noise levels of the originals, about the largest distance between two pictures (technique 1 of 2006.09011)
 SIGMA_MAX = {
@@ -229,7 +229,10 @@ def test_the_sampling_command_draws_as_the_previews_do(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_fresh_network_has_the_loss_of_knowing_nothing(name: str) -> None:
-    """A new network gives zero, whose loss is the variance of its target: 1 for every recipe, for data of 0.5."""
+    """A new network gives zero, whose loss is the variance of its target: 1 for every recipe, for data of 0.5.
+
+    The weighting that bounds the likelihood does not divide by the mean weight: g^2 / sigma^2 = -d log SNR / dt.
+    """
     config = without_auto(recipe(name))
     settings = dict(config["model"])
     model = next(key for key, cls in MODELS.items() if f"{cls.__module__}.{cls.__qualname__}" == settings["_target_"])
@@ -243,9 +246,13 @@ def test_a_fresh_network_has_the_loss_of_knowing_nothing(name: str) -> None:
             parameter.zero_()
     generator = torch.Generator().manual_seed(0)
     x0 = 0.5 * torch.randn(64, *info.shape, generator=generator)
-    losses = build(config["loss"], "loss")(denoiser, x0, generator)
+    loss, process = build(config["loss"], "loss"), denoiser.sde
+    t_min, t_max = process.t_min, process.T
+    range_of_levels = float(process.log_snr(t_min) - process.log_snr(t_max))
+    expected = range_of_levels / (t_max - t_min) if loss.weighting == "likelihood" else 1.0
+    losses = loss(denoiser, x0, generator)
     n = x0.numel()  # the mean of n squared normals has standard deviation sqrt(2 / n)
-    assert losses.loss.mean().item() == pytest.approx(1.0, abs=5 * math.sqrt(2 / n))
+    assert losses.loss.mean().item() / expected == pytest.approx(1.0, abs=5 * math.sqrt(2 / n))
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - OWN))

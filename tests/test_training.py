@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -14,14 +15,14 @@ import pytest
 import torch
 from torch import nn
 
-from sde.data import DATASETS
+from sde.data import DATASETS, DataInfo, Dataset, Split
 from sde.denoiser import Denoiser
 from sde.errors import UserError
 from sde.losses import DenoisingScoreMatching
 from sde.models import MODELS
 from sde.parameterizations import Eps
 from sde.processes import VP
-from sde.training.batches import Batches
+from sde.training.batches import Batches, dequantize
 from sde.training.checkpoint import (
     DamagedCheckpoint,
     checkpoint_path,
@@ -35,6 +36,7 @@ from sde.training.ema import EMA
 from sde.training.logging import MetricsFile, read_metrics
 from sde.training.loop import Trainer
 from sde.training.options import TrainingOptions
+from sde.training.validation import Validation
 from tests.commands import TINY, TINY_2D, command
 
 CONTENT = {
@@ -77,8 +79,9 @@ def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
         [*TINY, "training.accumulation=2", "sde=ve", "parameterization=edm", "parameterization.sigma_data=auto"],
         [*TINY, "conditional=true", "training.precision=bf16", "model=ddpmpp", "loss.time=importance"],
         [*TINY_2D, "training.steps=4", "training.log_every=2", "sde=subvp", "model.dropout=0.1", "optimizer=adamw"],
+        [*TINY, "training.dequantize=true", "training.validate_every=2"],
     ],
-    ids=["dropout", "accumulation-ve-edm", "classes-bf16", "points"],
+    ids=["dropout", "accumulation-ve-edm", "classes-bf16", "points", "dequantized"],
 )
 def test_interrupted_training_goes_on_bit_for_bit(options: list[str], tmp_path: Path) -> None:
     whole = command("sde.train", *options, "hydra.run.dir=whole", folder=tmp_path)
@@ -93,7 +96,9 @@ def test_interrupted_training_goes_on_bit_for_bit(options: list[str], tmp_path: 
     assert_same_bits(weights(last), weights(resumed))
     lines = read_metrics(tmp_path / "parts" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [2, 4]
-    assert lines[1]["train/loss"] == read_metrics(tmp_path / "whole" / "metrics.jsonl")[1]["train/loss"]
+    whole_lines = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    compared = [key for key in lines[1] if key.startswith("val/")] + ["train/loss"]
+    assert [lines[1][key] for key in compared] == [whole_lines[1][key] for key in compared]
 
 
 def test_every_step_is_a_function_of_seed_and_step() -> None:
@@ -119,6 +124,100 @@ def test_accumulation_gives_the_same_gradient() -> None:
     reference = runs[0].flush(str)
     for run in runs[1:]:
         assert run.flush(str) == pytest.approx(reference, rel=1e-5)
+
+
+class Levels(Dataset):
+    """Pictures with every gray level once, every other one upside down; the network sees them in [-1, 2]."""
+
+    info = DataInfo("levels", (1, 16, 16), low=-1.0, high=2.0)
+
+    def __init__(self, examples: int) -> None:
+        levels = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16)
+        self.values = torch.stack([levels, levels.flip(1)] * (examples // 2))
+
+    def split(self, name: str) -> Split:
+        return Split(self.values)
+
+
+def test_dequantized_pixels_are_uniform_on_their_buckets() -> None:
+    """Kolmogorov's distance from the uniform law on 4 million draws, and the buckets of all gray levels."""
+    info, examples = Levels.info, 16_384
+    pixels = Levels(2).values[:1].expand(examples, -1, -1, -1)
+    spread = dequantize(info.encode(pixels, torch.float64), info, torch.Generator().manual_seed(0))
+    u = (spread - info.encode(pixels, torch.float64)) * (255 / (info.high - info.low)) + 0.5
+    ordered, n = u.flatten().sort().values, u.numel()
+    margin = 2.0**-13
+    assert ordered[0] == pytest.approx(margin, abs=20 / n)
+    assert ordered[-1] == pytest.approx(1 - margin, abs=20 / n)
+    steps = torch.arange(n + 1, dtype=torch.float64) / n
+    distance = torch.maximum((ordered - steps[:-1]).abs().max(), (ordered - steps[1:]).abs().max()).item()
+    # exceeded with probability 2 exp(-2 n d^2) = 1e-5, besides the ends that are left out
+    assert distance < math.sqrt(0.5 * math.log(2e5) / n) + margin
+    one, other = u[:, 0, 0, 0], u[:, 0, 0, 1]
+    correlation = torch.corrcoef(torch.stack([one, other, u[:, 0, 1, 0]])).tril(-1).abs().max().item()
+    assert correlation < 4.5 / math.sqrt(examples)  # pixels of a picture are independent
+
+
+@pytest.mark.parametrize("low", [-1.0, 0.0, -0.37])
+def test_dequantized_pixels_come_back_in_float32(low: float) -> None:
+    """All gray levels, at both ends of a bucket, where rounding would first take one into the next."""
+    info = DataInfo("levels", (1, 16, 16), low=low, high=1.0)
+    pixels = Levels(2).values[:1].expand(8192, -1, -1, -1)
+    x = dequantize(info.encode(pixels), info, torch.Generator().manual_seed(1))
+    u = (x - info.encode(pixels)) * (255 / (info.high - info.low)) + 0.5
+    assert u.min() < 1.4e-4  # a part of 2^-13 = 1.2e-4 is left out
+    assert u.max() > 1 - 1.4e-4
+    assert torch.equal(info.decode(x), pixels)
+
+
+def test_batches_are_dequantized_by_seed_and_step_alone() -> None:
+    dataset, cpu = Levels(64), torch.device("cpu")
+    plain, spread, again = (Batches(dataset, 8, 5, cpu, False, on) for on in (False, True, True))
+    again(0)
+    torch.rand(3)
+    x, _ = spread(3)
+    assert torch.equal(x, again(3)[0])
+    assert torch.equal(dataset.info.decode(x), dataset.info.decode(plain(3)[0]))
+    noise = {step: spread(step)[0] - plain(step)[0] for step in (3, 4)}
+    assert not torch.allclose(noise[3], noise[4], atol=1e-3)
+    other = Batches(dataset, 8, 6, cpu, False, True)(3)[0]
+    assert not torch.allclose(noise[3], other - dataset.info.encode(dataset.info.decode(other)), atol=1e-3)
+
+
+def test_validation_always_adds_the_same_noise() -> None:
+    """The examples of every call are the same, and within the buckets of the pixels."""
+    seen: list[torch.Tensor] = []
+
+    class Recording(DenoisingScoreMatching):
+        def at(self, denoiser, x0, z, t, label=None):  # type: ignore[no-untyped-def]
+            seen.append(x0)
+            return super().at(denoiser, x0, z, t, label)
+
+    dataset = Levels(24)
+    denoiser = Denoiser(MODELS.get("ddpmpp")((1, 16, 16), channels=4, channel_multipliers=[1]), VP(), Eps())
+    results = {}
+    for on in (False, True):
+        options = TrainingOptions(batch_size=8, validation_examples=24, dequantize=on, device="cpu")
+        validation = Validation(dataset, options, torch.device("cpu"), labeled=False)
+        results[on] = [validation(denoiser, Recording()) for _ in range(2)]
+        assert results[on][0] == results[on][1]
+    plain, spread = (torch.cat(seen[i : i + 3]) for i in (0, 12))
+    assert len(seen) == 24
+    assert results[True][0] != results[False][0]
+    assert torch.equal(torch.cat(seen[12:15]), torch.cat(seen[18:21]))
+    assert torch.equal(torch.cat(seen[12:15]), torch.cat(seen[15:18]))  # at the loss's times and at every noise level
+    assert not torch.equal(plain, spread)
+    assert torch.equal(dataset.info.decode(spread), dataset.info.decode(plain))
+
+
+def test_vectors_are_not_dequantized(tmp_path: Path) -> None:
+    answer = command("sde.train", *TINY_2D, "training.dequantize=true", "hydra.run.dir=r", folder=tmp_path)
+    assert answer.code == 2
+    assert answer.sentence == (
+        "error: training.dequantize=true: data=moons has vectors and no gray levels: leave it out"
+    )
+    with pytest.raises(UserError, match=r"training\.dequantize='yes'"):
+        TrainingOptions(dequantize="yes")  # type: ignore[arg-type]
 
 
 def test_warm_up_raises_the_learning_rate_linearly() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sde.devices import PRECISIONS, check_compile
-from sde.errors import UserError, check_choice, check_number
+from sde.errors import UserError, check_choice, check_flag, check_number
 from sde.registry import Registry
 
 TRAINING: Registry[TrainingOptions] = Registry("training")
@@ -25,6 +25,7 @@ class TrainingOptions:
         precision: fp32, or bf16 for the network where the device has units for it (the loss stays float32).
         compile: compile the network with torch.compile: False, True, "auto" (on a GPU) or "graphs" (on a GPU, with CUDA
             graphs).
+        dequantize: add uniform noise one gray level wide to the pixels, in training and validation; not for vectors.
         clip: largest norm of the gradient; 0 does not clip.
         warmup: steps over which the learning rate rises from 0.
         log_every: steps between lines of the log.
@@ -43,6 +44,7 @@ class TrainingOptions:
     device: str = "auto"
     precision: str = "fp32"
     compile: bool | str = False
+    dequantize: bool = False
     clip: float = 1.0
     warmup: int = 1000
     log_every: int = 50
@@ -72,6 +74,7 @@ class TrainingOptions:
         check_number("training.clip", self.clip, at_least=0)
         check_choice("training.precision", self.precision, PRECISIONS)
         check_compile("training.compile", self.compile)
+        check_flag("training.dequantize", self.dequantize)
         if self.batch_size % self.accumulation:
             raise UserError(
                 f"training.accumulation={self.accumulation} does not divide training.batch_size={self.batch_size}: "

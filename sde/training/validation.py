@@ -10,6 +10,7 @@ from sde.denoiser import Denoiser
 from sde.devices import autocast
 from sde.losses import DenoisingScoreMatching
 from sde.randomness import step_seed
+from sde.training.batches import check_pixels, dequantize
 from sde.training.options import TrainingOptions
 
 
@@ -28,6 +29,8 @@ class Validation:
         self, dataset: Dataset, options: TrainingOptions, device: torch.device, labeled: bool, levels: int = 10
     ) -> None:
         self.info: DataInfo = dataset.info
+        if options.dequantize:
+            check_pixels(self.info)
         self.options = options
         self.device = device
         self.levels = levels
@@ -60,9 +63,13 @@ class Validation:
     def _evaluate(
         self, denoiser: Denoiser, loss: DenoisingScoreMatching, t: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
+        seed = step_seed(self.options.seed, 0, "dequantize validation")
+        uniform = torch.Generator(self.device).manual_seed(seed)
         results = []
         for part in torch.arange(len(self.values)).split(self.options.batch_size):
             x0 = self.info.encode(self.values[part].to(self.device))
+            if self.options.dequantize:
+                x0 = dequantize(x0, self.info, uniform)
             label = None if self.labels is None else self.labels[part].to(self.device)
             z = torch.empty_like(x0).normal_(generator=generator)
             with autocast(self.device, self.options.precision):
