@@ -1,0 +1,1 @@
+"""The density of data under a model: what log p(x) is, and bounds on it."""
