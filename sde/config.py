@@ -21,6 +21,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import sde.data
+import sde.density
 import sde.grids
 import sde.interop.chains
 import sde.losses

@@ -57,6 +57,10 @@ class Grid(ABC):
             )
         return times
 
+    def place(self, sde: SDE, steps: int | None, default: int) -> list[float]:
+        """The grid of `steps` steps, of `default` where None leaves it open; a grid of given times has its own."""
+        return self(sde, default if steps is None else steps)
+
 
 def check_steps(steps: int) -> None:
     """Raise `UserError` unless `steps` is a whole number of at least 1."""
@@ -350,6 +354,9 @@ class Explicit(Grid):
     def interior(self, sde: SDE, steps: int) -> Tensor:
         values = torch.tensor(self._values, dtype=torch.float64)
         return values if self.times is not None else sde.t_of_noise_level(values)
+
+    def place(self, sde: SDE, steps: int | None, default: int) -> list[float]:
+        return self(sde, steps)
 
     def __call__(self, sde: SDE, steps: int | None = None) -> list[float]:
         """The times as given; `steps` must be their number less one, or None.

@@ -15,7 +15,7 @@ from sde.broadcast import Time
 from sde.brownian import BrownianNoise
 from sde.denoiser import AbstractDenoiser
 from sde.errors import UserError
-from sde.grids import GRIDS, Explicit, Grid
+from sde.grids import GRIDS, Grid
 from sde.processes import SDE
 from sde.randomness import BatchNoise, SampleNoise
 from sde.reverse import ReverseProcess
@@ -57,11 +57,8 @@ def make_times(solver: Solver, denoiser: AbstractDenoiser, grid: Grid | None, st
             f"steps={steps} means nothing to this solver, which has no use for a grid: set "
             + ("solver.rtol and solver.atol" if hasattr(solver, "rtol") else "solver.steps")
         )
-    if isinstance(chosen, Explicit):
-        times = chosen(denoiser.sde, steps)
-    else:
-        wanted = steps if steps is not None else solver.default_steps
-        times = chosen(denoiser.sde, _SHOWN_STEPS if wanted is None else wanted)
+    default = _SHOWN_STEPS if solver.default_steps is None else solver.default_steps
+    times = chosen.place(denoiser.sde, steps, default)
     start, noise = times[0], denoiser.sde.noise_level
     if float(noise(start)) < 0.9 * float(noise(denoiser.sde.T)):
         raise UserError(

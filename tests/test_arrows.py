@@ -46,11 +46,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "losses": CURVES | {"denoiser"},
     "solvers": CORE - {"losses", "grids", "brownian"},
     "guidance": CORE - {"losses", "grids", "brownian"},
-    "likelihood": CORE | {"solvers"},
+    "density": CORE | {"solvers", "data"},
     "models": FOUNDATION | TOOLS,
     "data": FOUNDATION | TOOLS,
     "metrics": FOUNDATION | TOOLS,
-    "training": CORE | TOOLS | {"solvers", "guidance", "likelihood", "density", "data", "models", "metrics"},
+    "training": CORE | TOOLS | {"solvers", "guidance", "density", "data", "models", "metrics"},
 }
 
 # Modules of the command lines; omegaconf comes with hydra.
@@ -59,7 +59,6 @@ COMMAND_LINES = {
     "sde.config",
     "sde.evaluate",
     "sde.interop",
-    "sde.log_likelihood",
     "sde.runs",
     "sde.sample",
     "sde.train",

@@ -1,14 +1,33 @@
-"""The density of data under a model: what log p(x) is, and bounds on it."""
+"""Densities: log p(x) of a model, exactly or bounded, and what they need.
+
+divergence.py    the trace of a Jacobian beside the value of the field
+flow.py          log p(x) and latent codes by the probability-flow ODE
+quantization.py  pixels: bucket width, dequantization, bits per dimension, discretized decoders
+bound.py         variational bounds on -log p, term by term
+dequantizer.py   a flow that dequantizes better than uniform noise does
+"""
 
 from sde.density.bound import Bound, Decoder, continuous_bound, discrete_bound
+from sde.density.divergence import DIVERGENCES, Divergence, Exact, Hutchinson, HutchPlusPlus
+from sde.density.flow import LogProb, decode, encode, log_prob, times_to_noise
 from sde.density.quantization import Quantization, bits_per_dim, change_of_units
 
 __all__ = [
+    "DIVERGENCES",
     "Bound",
     "Decoder",
+    "Divergence",
+    "Exact",
+    "HutchPlusPlus",
+    "Hutchinson",
+    "LogProb",
     "Quantization",
     "bits_per_dim",
     "change_of_units",
     "continuous_bound",
+    "decode",
     "discrete_bound",
+    "encode",
+    "log_prob",
+    "times_to_noise",
 ]

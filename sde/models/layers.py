@@ -95,7 +95,17 @@ def group_norm(channels: int, groups: str = "quarter", eps: float = 1e-6) -> nn.
     count = 32 if groups == "thirty_two" else most
     if channels % count:
         count = max(n for n in range(1, most + 1) if channels % n == 0)
-    return nn.GroupNorm(count, channels, eps=eps)
+    return GroupNorm(count, channels, eps=eps)
+
+
+class GroupNorm(nn.GroupNorm):
+    """`nn.GroupNorm`, which vectorized forward-mode derivatives work with too: PyTorch's own want contiguous input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` (B, C, ...) with mean 0 and variance 1 in each group of channels, scaled and shifted by channel."""
+        if torch._C._are_functorch_transforms_active():
+            x = x.clone(memory_format=torch.contiguous_format)
+        return super().forward(x)
 
 
 class Dropout(nn.Dropout):
