@@ -198,8 +198,8 @@ def default_name(solver: Solver, plan: Plan) -> str:
     return f"{SOLVERS.name_of(type(solver))}{steps}-seed{plan.seed}"
 
 
-def new_folder(run: Run, out: Any, name: str) -> Path:
-    """A new folder for results: `out`, or one called `name` in the run's samples/, with a number where that is taken.
+def new_folder(run: Run, out: Any, name: str, below: str = "samples") -> Path:
+    """A new folder for results: `out`, or one called `name` in the run's `below`/, with a number where that is taken.
 
     Raises:
         UserError: when `out` is a folder with something in it.
@@ -210,7 +210,7 @@ def new_folder(run: Run, out: Any, name: str) -> Path:
             raise UserError(f"out={folder} exists and is not empty: choose a new folder")
     else:
         taken = [""] + [f"-{k}" for k in range(2, 10_000)]
-        folder = next(f for f in (run.path / "samples" / (name + suffix) for suffix in taken) if not f.exists())
+        folder = next(f for f in (run.path / below / (name + suffix) for suffix in taken) if not f.exists())
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
