@@ -97,16 +97,21 @@ def ring(sde: SDE, dtype: torch.dtype = torch.float64) -> AbstractDenoiser:
     return SharedVarianceMixture(sde, weights.to(dtype), means.to(dtype), 0.05**2)
 
 
-def sixteen(sde: SDE, dtype: torch.dtype = torch.float64) -> AbstractDenoiser:
-    """Five modes of unequal covariances, (16,)."""
-    random = np.random.default_rng(16)
+def unequal(sde: SDE, numel: int, dtype: torch.dtype = torch.float64) -> GaussianMixtureDenoiser:
+    """Five modes of unequal covariances, (numel,)."""
+    random = np.random.default_rng(numel)
     weights = np.arange(1.0, 6.0)
-    means = 0.4 * random.standard_normal((5, 16))
-    widths = np.stack([random.permutation(np.geomspace(0.03, 0.55, 16)) for _ in range(5)])
-    axes = np.linalg.qr(random.standard_normal((5, 16, 16)))[0]
+    means = 0.4 * random.standard_normal((5, numel))
+    widths = np.stack([random.permutation(np.geomspace(0.03, 0.55, numel)) for _ in range(5)])
+    axes = np.linalg.qr(random.standard_normal((5, numel, numel)))[0]
     covariances = np.einsum("kij,kj,klj->kil", axes, widths**2, axes)
     tensors = (torch.from_numpy(value).to(dtype) for value in (weights, means, covariances))
     return GaussianMixtureDenoiser(sde, *tensors)
+
+
+def sixteen(sde: SDE, dtype: torch.dtype = torch.float64) -> AbstractDenoiser:
+    """Five modes of unequal covariances, (16,)."""
+    return unequal(sde, 16, dtype)
 
 
 TARGETS = {"ring": ring, "sixteen": sixteen}
