@@ -5,9 +5,18 @@ flow.py          log p(x) and latent codes by the probability-flow ODE
 quantization.py  pixels: bucket width, dequantization, bits per dimension, discretized decoders
 bound.py         variational bounds on -log p, term by term
 dequantizer.py   a flow that dequantizes better than uniform noise does
+discrete.py      log P of quantized pictures from all of these, and what kind of bound it is
 """
 
 from sde.density.bound import Bound, Decoder, continuous_bound, discrete_bound
+from sde.density.discrete import (
+    ChainBound,
+    ContinuousBound,
+    DiscreteLogProb,
+    Discretization,
+    Flow,
+    discrete_log_prob,
+)
 from sde.density.divergence import DIVERGENCES, Divergence, Exact, Hutchinson, HutchPlusPlus
 from sde.density.flow import LogProb, decode, encode, log_prob, times_to_noise
 from sde.density.quantization import Quantization, bits_per_dim, change_of_units
@@ -15,9 +24,14 @@ from sde.density.quantization import Quantization, bits_per_dim, change_of_units
 __all__ = [
     "DIVERGENCES",
     "Bound",
+    "ChainBound",
+    "ContinuousBound",
     "Decoder",
+    "DiscreteLogProb",
+    "Discretization",
     "Divergence",
     "Exact",
+    "Flow",
     "HutchPlusPlus",
     "Hutchinson",
     "LogProb",
@@ -27,6 +41,7 @@ __all__ = [
     "continuous_bound",
     "decode",
     "discrete_bound",
+    "discrete_log_prob",
     "encode",
     "log_prob",
     "times_to_noise",

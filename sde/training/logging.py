@@ -2,6 +2,10 @@
 
 metrics.jsonl holds one JSON object per line, {"step": ..., "seconds": ..., name: value, ...}; W&B mirrors it with
 charts and pictures. wandb is imported here alone, and only by a run with `logger=wandb`.
+
+A command that evaluates a run later adds a line of its own with the checkpoint's step (`append_metrics`), without
+"seconds", which are those of training. In W&B, which drops what is logged at a step below the newest, such numbers have
+an axis of their own, evaluation/step.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from sde.registry import Registry
 
 LOGGERS: Registry[Logger] = Registry("logger")
 register = LOGGERS.register
+_EVALUATED = "evaluation/step"
 
 
 class Logger(ABC):
@@ -38,6 +43,10 @@ class Logger(ABC):
     @abstractmethod
     def image(self, step: int, name: str, path: Path) -> None:
         """A picture file at a step."""
+
+    @abstractmethod
+    def evaluation(self, step: int, metrics: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
+        """Numbers and picture files about the checkpoint of a step, at any time after it."""
 
     @abstractmethod
     def finish(self, code: int) -> None:
@@ -57,7 +66,7 @@ class MetricsFile:
         self._before = 0.0
         kept = [line for line in read_metrics(path) if line["step"] <= step] if path.exists() and step else []
         if kept:
-            self._before = float(kept[-1].get("seconds", 0.0))
+            self._before = max(float(line.get("seconds") or 0.0) for line in kept)
         text = "".join(json.dumps(line) + "\n" for line in kept)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(text)
@@ -67,14 +76,30 @@ class MetricsFile:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line; numbers that JSON lacks are written as null."""
         seconds = round(self._before + time.monotonic() - self._start, 3)
-        values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, "seconds": seconds, **values}) + "\n")
+        self._file.write(json.dumps({"step": step, "seconds": seconds, **_finite(metrics)}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         """Sync and close the file."""
         os.fsync(self._file.fileno())
         self._file.close()
+
+
+def append_metrics(path: Path, step: int, metrics: Mapping[str, float]) -> None:
+    """Add a line to a metrics.jsonl, whole and in one write: a training that has the file open may go on writing it."""
+    line = (json.dumps({"step": step, **_finite(metrics)}) + "\n").encode()
+    with path.open("ab+", buffering=0) as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            cut_off = file.read(1) != b"\n"  # by a process that was killed
+            line = b"\n" * cut_off + line
+        file.write(line)
+        os.fsync(file.fileno())
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """The numbers, null for those that JSON lacks."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -101,6 +126,9 @@ class NoLogger(Logger):
         """Nothing to do."""
 
     def image(self, step: int, name: str, path: Path) -> None:
+        """Nothing to do."""
+
+    def evaluation(self, step: int, metrics: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
         """Nothing to do."""
 
     def finish(self, code: int) -> None:
@@ -176,6 +204,15 @@ class WandB(Logger):
     def image(self, step: int, name: str, path: Path) -> None:
         """A sample grid."""
         self._run.log({name: self._wandb.Image(str(path))}, step=step)
+
+    def evaluation(self, step: int, metrics: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
+        """Charts over evaluation/step, and the run's summary: a point in training's own charts would be dropped."""
+        self._run.define_metric(_EVALUATED)
+        for name in metrics:
+            self._run.define_metric(name, step_metric=_EVALUATED)
+        shown = {name: self._wandb.Image(str(path)) for name, path in pictures.items()}
+        self._run.log({_EVALUATED: step, **metrics, **shown})
+        self._run.summary.update(dict(metrics))  # an offline leg of a run may know no earlier step
 
     def finish(self, code: int) -> None:
         """Close the run."""
