@@ -1,5 +1,5 @@
 """Results as pictures: grids of samples, animations of their way from noise, scatter plots and score fields in 2-D,
-rows of samples with captions, and error against cost.
+rows of samples with captions, error against cost, and likelihoods.
 
 Pixels are uint8 (N, C, H, W) with 1, 3 or any number of channels (of which the first is shown); points are (N, 2).
 matplotlib is imported by the functions that need it.
@@ -137,6 +137,91 @@ def save_rows(path: Path, rows: Sequence[tuple[str, Tensor]], side: int = 48) ->
         canvas.paste(strip, (margin, y + (height - strip.height) // 2))
         y += height
     _save_png(path, canvas)
+
+
+def save_captioned(path: Path, rows: Sequence[tuple[str, Tensor, Sequence[str]]], side: int = 64) -> None:
+    """Write rows of pictures, each row under its title and each picture above its own caption, as a PNG.
+
+    Args:
+        path: the file.
+        rows: (title, pixels uint8 (N, C, H, W), a caption for each).
+        side: pictures are enlarged by a whole factor to at least about this many pixels.
+    """
+    font, gap, line = ImageFont.load_default(size=12), 6, 16
+    height, width = rows[0][1].shape[-2:]
+    factor = max(1, round(side / height))
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    wide = max(measure.textlength(caption, font=font) for _, _, captions in rows for caption in captions)
+    cell = max(width * factor, math.ceil(wide)) + gap
+    row_height = line + height * factor + line + gap
+    columns = max(len(pixels) for _, pixels, _ in rows)
+    title = max(measure.textlength(text, font=font) for text, _, _ in rows)
+    canvas = Image.new("RGB", (max(gap + columns * cell, math.ceil(title) + 2 * gap), len(rows) * row_height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for r, (text, pixels, captions) in enumerate(rows):
+        top = r * row_height
+        draw.text((gap, top + 2), text, fill="black", font=font)
+        for k, caption in enumerate(captions):
+            left = gap + k * cell
+            image = Image.fromarray(tile(pixels[k : k + 1], gap=0))
+            image = image.resize((width * factor, height * factor), Image.Resampling.NEAREST)
+            canvas.paste(image, (left, top + line))
+            draw.text((left, top + line + height * factor), caption, fill="black", font=font)
+    _save_png(path, canvas)
+
+
+def save_histogram(path: Path, values: Tensor, title: str, x_label: str) -> None:
+    """Write a histogram of `values` (N,), those that are finite, with a line at their mean, as a PNG."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4), dpi=110)
+    values = values[torch.isfinite(values)].double().cpu()
+    if len(values):
+        axes.hist(values.numpy(), bins=max(10, min(80, math.ceil(2 * len(values) ** 0.5))), color="tab:blue", alpha=0.8)
+        mean = float(values.mean())
+        axes.axvline(mean, color="black", lw=1.2, label=f"mean {mean:.4g}")
+        axes.legend()
+    axes.set(title=title, xlabel=x_label, ylabel="pictures")
+    axes.title.set_fontsize(10)
+    figure.tight_layout()
+    _save_png(path, Image.fromarray(_rasterize(figure)).quantize(128))
+
+
+def save_terms(path: Path, times: Sequence[float], terms: Sequence[float], errors: Sequence[float], title: str) -> None:
+    """Write terms of a bound, with bands of one standard error, against the logarithm of time, as a PNG."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4), dpi=110)
+    low, high = ([x + sign * e for x, e in zip(terms, errors, strict=True)] for sign in (-1, 1))
+    axes.plot(times, terms, color="tab:blue", lw=1.2, marker="." if len(terms) <= 200 else None)
+    axes.fill_between(times, low, high, color="tab:blue", alpha=0.25, lw=0)
+    axes.set(xscale="log", xlabel="t", ylabel="bits/dim", title=title)
+    axes.title.set_fontsize(10)
+    axes.grid(alpha=0.25)
+    figure.tight_layout()
+    _save_png(path, Image.fromarray(_rasterize(figure)).quantize(128))
+
+
+def save_density(path: Path, log_density: Tensor, limit: float, title: str, points: Tensor | None = None) -> None:
+    """Write a density on the square [-limit, limit]^2 as a PNG, with points of the data on the right.
+
+    Args:
+        path: the file.
+        log_density: (side, side) in nats, rows from below along the second coordinate.
+        limit: half the side of the square.
+        title: above the density.
+        points: (N, 2) data, shown beside it.
+    """
+    plt = _pyplot()
+    figure, panels = plt.subplots(1, 1 if points is None else 2, figsize=(5.4 if points is None else 10, 4.6), dpi=110)
+    axes = panels if points is None else panels[0]
+    edges = (-limit, limit, -limit, limit)
+    shown = axes.imshow(log_density.exp().cpu().numpy(), origin="lower", extent=edges, cmap="viridis")
+    figure.colorbar(shown, ax=axes, fraction=0.046)
+    axes.set(title=title, aspect="equal")
+    if points is not None:
+        panels[1].scatter(*points[:5000].cpu().T.tolist(), s=2, color="0.3", linewidths=0)
+        panels[1].set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", title="data")
+    figure.tight_layout()
+    _save_png(path, Image.fromarray(_rasterize(figure)))
 
 
 def save_panels(path: Path, panels: Sequence[tuple[str, Tensor]], columns: int) -> None:
