@@ -28,7 +28,7 @@ from sde.interop.score_sde_refinenets import SIZES, refinenet_rules, refinenet_s
 from sde.interop.weights import is_state, load_safely
 from sde.models.base import MODELS
 from sde.models.embeddings import FourierFeatures
-from sde.models.layers import Conv3x3, Head, ResidualBlock, SelfAttention
+from sde.models.layers import Conv3x3, GroupNorm, Head, ResidualBlock, SelfAttention
 from sde.models.levels import DownLevel, InputResidual, InputSkip, OutputResidual, OutputSkip, UpLevel
 from sde.models.resample import ConvDownsample, ConvUpsample, FIRConvDownsample, FIRConvUpsample
 from sde.models.unet import UNet
@@ -231,7 +231,7 @@ _LAYER_RULES: dict[type[nn.Module], list[Rule]] = {
     nn.Linear: pair("", ""),
     nn.Conv2d: pair("", ""),
     Conv3x3: pair("", ""),
-    nn.GroupNorm: pair("", ""),
+    GroupNorm: pair("", ""),
     FourierFeatures: [Rule("frequencies", ("W",), same)],
     SelfAttention: pair("norm", "GroupNorm_0")
     + _nin("query_key_value", "NIN_0", "NIN_1", "NIN_2")
