@@ -42,7 +42,8 @@ from sde.processes import SDE
 from sde.reverse import ReverseProcess
 from sde.solvers import SOLVERS, Solver
 
-_SMALL = 64  # dimensions up to which the exact trace is the default
+SMALL = 64
+"""Dimensions up to which the exact trace is the default."""
 Progress = Callable[[float], None]
 """Called with the share of the way that is done."""
 
@@ -115,7 +116,7 @@ def log_prob(
     solver = SOLVERS.get("dopri5")() if solver is None else solver
     d = x[0].numel()
     if divergence is None:
-        divergence = Exact() if d <= _SMALL else Hutchinson()
+        divergence = Exact() if d <= SMALL else Hutchinson()
     divergence.check(d)
     x = x.double()
     if probes is None:

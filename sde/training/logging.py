@@ -19,7 +19,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from sde.errors import UserError, check_choice
 from sde.registry import Registry
@@ -30,7 +30,13 @@ _EVALUATED = "evaluation/step"
 
 
 class Logger(ABC):
-    """Somewhere that metrics go besides metrics.jsonl."""
+    """Somewhere that metrics go besides metrics.jsonl.
+
+    Attributes:
+        elsewhere: whether there is such a place.
+    """
+
+    elsewhere: ClassVar[bool] = True
 
     @abstractmethod
     def start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
@@ -85,9 +91,16 @@ class MetricsFile:
         self._file.close()
 
 
-def append_metrics(path: Path, step: int, metrics: Mapping[str, float]) -> None:
-    """Add a line to a metrics.jsonl, whole and in one write: a training that has the file open may go on writing it."""
-    line = (json.dumps({"step": step, **_finite(metrics)}) + "\n").encode()
+def append_metrics(path: Path, step: int, metrics: Mapping[str, float], notes: Mapping[str, str] | None = None) -> None:
+    """Add a line to a metrics.jsonl, whole and in one write: a training that has the file open may go on writing it.
+
+    Args:
+        path: the file.
+        step: that the numbers belong to.
+        metrics: numbers; those that JSON lacks are written as null.
+        notes: words beside them.
+    """
+    line = (json.dumps({"step": step, **_finite(metrics), **(notes or {})}) + "\n").encode()
     with path.open("ab+", buffering=0) as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
@@ -118,6 +131,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 @register("none")
 class NoLogger(Logger):
     """metrics.jsonl alone."""
+
+    elsewhere: ClassVar[bool] = False
 
     def start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
         """Nothing to do."""
