@@ -18,6 +18,10 @@ slopes d_k there, s = (y_{k+1} - y_k) / (x_{k+1} - x_k) and a = (x - x_k) / (x_{
 
 whose inverse is the root of a quadratic equation. All of it stays on the cube, where nothing overflows, and a new
 flow is the identity: q = 1.
+
+Where a narrow density lies in its bucket differs from one gray level to the next, which a network hardly sees in x. So
+it is told the level as waves too, cos and sin of 2 pi level / 2^k for k = 1, 2, ..., after the Fourier features of
+arXiv 2107.00630.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sde.density.quantization import Quantization
 from sde.errors import UserError, check_number
 
 _LEAST = 1e-3  # width and height of a bin of a spline
@@ -44,20 +49,23 @@ class DequantizerOptions:
         blocks: residual blocks that read the picture.
         layers: coupling layers; two change every pixel once.
         bins: of a spline; a pixel's density has twice as many free values, and one more.
+        frequencies: of the waves that tell gray levels apart, of periods 2, 4, ... levels; 0 for none.
     """
 
     channels: int = 32
     blocks: int = 2
     layers: int = 4
     bins: int = 8
+    frequencies: int = 8
 
     def __post_init__(self) -> None:
-        for name, least in (("channels", 1), ("blocks", 0), ("layers", 2), ("bins", 1)):
+        for name, least in (("channels", 1), ("blocks", 0), ("layers", 2), ("bins", 1), ("frequencies", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise UserError(f"dequantizer.{name}={value!r} must be a whole number")
             check_number(f"dequantizer.{name}", value, at_least=least)
         check_number("dequantizer.bins", self.bins, at_most=256)
+        check_number("dequantizer.frequencies", self.frequencies, at_most=16)
 
 
 class Dequantizer(nn.Module):
@@ -66,28 +74,40 @@ class Dequantizer(nn.Module):
     Args:
         shape: (C, H, W) of a picture, of any size.
         options: size of the networks.
+        quantization: the gray levels, and their values in encoded pictures.
 
     Raises:
         UserError: when the shape is not that of pictures.
     """
 
-    def __init__(self, shape: tuple[int, ...], options: DequantizerOptions | None = None) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        options: DequantizerOptions | None = None,
+        quantization: Quantization | None = None,
+    ) -> None:
         super().__init__()
         if len(shape) != 3:
             raise UserError(f"shape={tuple(shape)} has no pixels to dequantize: it must be (channels, height, width)")
         self.shape = tuple(shape)
         self.options = options = options or DequantizerOptions()
-        self.stem = nn.Conv2d(shape[0], options.channels, 3, padding=1)
+        self.quantization = quantization or Quantization()
+        self.stem = nn.Conv2d(shape[0] * (1 + 2 * options.frequencies), options.channels, 3, padding=1)
         self.blocks = nn.ModuleList(_block(options.channels) for _ in range(options.blocks))
         masks = _masks(self.shape)
         self.layers = nn.ModuleList(_Coupling(masks[k % len(masks)], options) for k in range(options.layers))
 
     def context(self, x: Tensor) -> Tensor:
         """What the flow knows of pictures `x` (B, C, H, W), (B, channels, H, W): the same for all draws of u."""
-        hidden = self.stem(x)
+        hidden = self.stem(torch.cat([x, *self._waves(x)], 1))
         for block in self.blocks:
             hidden = hidden + block(hidden)
         return hidden
+
+    def _waves(self, x: Tensor) -> list[Tensor]:
+        """cos and sin of the gray levels of `x` at all periods, of its shape each."""
+        phase = 2 * math.pi * ((x - self.quantization.low) / self.quantization.width)
+        return [f(phase / 2**k) for k in range(1, self.options.frequencies + 1) for f in (torch.cos, torch.sin)]
 
     def forward(self, x: Tensor, noise: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Draws of u and their log density, differentiable in the weights.

@@ -1,0 +1,243 @@
+"""`python -m sde.dequantize`: train a variational dequantizer for the score model of a run, into RUN/dequantizer/.
+
+What it learns and why is in `sde.density.dequantizer`, how in `sde.training.dequantization`. Other commands read it
+with `load_dequantizer`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import torch
+
+from sde.cli import Interrupted, run_command, task_overrides
+from sde.config import build, conform
+from sde.data import DataInfo, Dataset
+from sde.density.dequantizer import Dequantizer, DequantizerOptions
+from sde.density.quantization import Quantization
+from sde.devices import PRECISIONS, pick_device
+from sde.errors import UserError, check_choice, check_flag, suggest
+from sde.runs import Run
+from sde.sample import Model, open_model
+from sde.training.batches import Batches
+from sde.training.checkpoint import Checkpoint, list_checkpoints, prune_checkpoints, save_checkpoint
+from sde.training.dequantization import (
+    FOLDER,
+    DequantizationOptions,
+    DequantizerTrainer,
+    GainValidation,
+    Objective,
+    fit_dequantizer,
+    load_dequantizer,
+    newest_dequantizer,
+    restore_dequantizer,
+)
+from sde.training.ema import EMA
+from sde.training.logging import MetricsFile, read_metrics
+from sde.training.stopping import StopRequest
+
+__all__ = ["dequantize", "load_dequantizer", "main"]
+
+KEPT = ("flow", "training", "optimizer")  # settings that belong to a dequantizer and not to one command
+
+Options = TypeVar("Options", DequantizerOptions, DequantizationOptions)
+
+
+def main() -> None:
+    """Entry point of the command line."""
+    # the data set is the run's, so Hydra has none to override: these add one, and options that may be there or not
+    adding = {"data=": "+", "data.": "++"}
+    sys.argv = [
+        adding.get(word.lstrip("+")[:5], "") + word.lstrip("+") if word.lstrip("+")[:5] in adding else word
+        for word in sys.argv
+    ]
+    run_command("dequantize", dequantize)
+
+
+def dequantize(config: dict[str, Any]) -> None:
+    """Train a dequantizer as `config` says, from the beginning or on from the newest one of the run."""
+    check_flag("ema", config["ema"])
+    check_choice("precision", config["precision"], PRECISIONS)
+    device = pick_device(config["device"])
+    model = open_model({**config, "compile": False}, device)
+    check_pixels(model)
+    folder = model.run.path / FOLDER
+    before = newest_dequantizer(model.run.path) if list_checkpoints(folder) else None
+    if before is not None:
+        restore_dequantizer(before, model.info)  # whole, and made for these pictures
+        config = resumed_config(config, before)
+    flow_options = options_of(DequantizerOptions, config["flow"], "flow")
+    options = options_of(DequantizationOptions, config["training"], "training")
+    dataset = run_dataset(model, config["data"])
+    torch.manual_seed(options.seed)
+    flow = Dequantizer(model.info.shape, flow_options, Quantization.of(model.info)).to(device)
+    labeled = bool(getattr(model.denoiser.network, "num_classes", 0))
+    trainer = DequantizerTrainer(
+        flow=flow,
+        ema=EMA(flow, options.ema_decay),
+        objective=Objective(model.denoiser, model.info),
+        optimizer=build(config["optimizer"], "optimizer", params=flow.parameters()),
+        options=options,
+        batches=Batches(dataset, options.batch_size, options.seed, device, labeled),
+        precision=config["precision"],
+    )
+    with Run(folder).locked():
+        if before is not None:
+            go_on(trainer, before, folder)
+        train(trainer, model, dataset, folder, remembered(config, flow_options, options, model))
+
+
+def train(
+    trainer: DequantizerTrainer, model: Model, dataset: Dataset, folder: Path, settings: Mapping[str, Any]
+) -> None:
+    """Run the loop, with files in `folder`, and say how it ended."""
+    numbers = sum(p.numel() for p in trainer.flow.parameters())
+    print(f"data        {dataset.info.name}: {len(trainer.batches.split)} examples of shape {tuple(model.info.shape)}")
+    print(f"model       {model.checkpoint.path}")
+    going_on = f", going on from step {trainer.step}" if trainer.step else ""
+    print(f"dequantizer {folder}, {numbers:,} parameters{going_on}", flush=True)
+    metrics = MetricsFile(folder / "metrics.jsonl", trainer.step)
+    labeled = trainer.batches.labels is not None
+    content = {"config": dict(settings), "data": model.info.to_dict()}
+
+    def save() -> None:
+        save_checkpoint(folder, {**content, **trainer.state()})
+        prune_checkpoints(folder, trainer.options.keep)
+
+    try:
+        with StopRequest().listening() as stop:
+            fit_dequantizer(trainer, metrics.log, GainValidation(dataset, trainer, labeled), save, stop)
+    finally:
+        metrics.close()
+    finish(model.run, trainer, folder, stop)
+
+
+def finish(run: Run, trainer: DequantizerTrainer, folder: Path, stop: StopRequest) -> None:
+    """Say what was gained and where it is; leave with the code of the signal when there was one."""
+    checkpoint = list_checkpoints(folder)[-1][1]
+    if stop.signal is not None:
+        raise Interrupted(
+            f"stopped at step {trainer.step} and saved {checkpoint}\n"
+            f"go on with: python -m sde.dequantize run={run.path}",
+            130 if stop.signal == 2 else 0,
+        )
+    last = read_metrics(folder / "metrics.jsonl")[-1]
+    if last.get("val/bits_gained") is not None:
+        spread = last["val/bits_gained_error"]
+        more_or_less = "" if spread is None else f" +- {spread:.4f}"
+        print(f"gained      {last['val/bits_gained']:.4f}{more_or_less} bits/dim over uniform dequantization")
+    print(f"checkpoint  {checkpoint}\nmetrics     {folder / 'metrics.jsonl'}")
+
+
+def check_pixels(model: Model) -> None:
+    """Raise `UserError` unless the run has pictures."""
+    if model.info.kind != "pixels":
+        raise UserError(
+            f"run={model.run.path} has data of kind {model.info.kind}, which have no gray levels to dequantize: "
+            "give a run of pictures"
+        )
+
+
+def resumed_config(config: Mapping[str, Any], before: Checkpoint) -> dict[str, Any]:
+    """`config` with the settings that the dequantizer has, but for those that this command line gives.
+
+    Raises:
+        UserError: for a setting that cannot change any more.
+    """
+    saved = before.content["config"]
+    kept = {name: dict(saved[name]) for name in KEPT}
+    for override in task_overrides():
+        key = override.lstrip("+~").partition("=")[0]
+        group, _, name = key.partition(".")
+        if group not in KEPT:
+            continue
+        if group == "flow" or not name:
+            value = config[group].get(name) if name else None
+            if name and value == kept[group].get(name):
+                continue
+            raise UserError(
+                f"{override} cannot change for the dequantizer that {before.path.parent} holds: leave it out, "
+                "or remove that folder to begin anew"
+            )
+        kept[group][name] = config[group].get(name)
+    return {**config, **kept}
+
+
+def options_of(cls: type[Options], node: Any, group: str) -> Options:
+    """The options `cls` as the configuration `node` gives them.
+
+    Raises:
+        UserError: for one that it does not take, or a value of the wrong type or range.
+    """
+    if not isinstance(node, Mapping):
+        raise UserError(f"{group}={node!r} must be options, such as {group}.{fields(cls)[0].name}=...")
+    hints = get_type_hints(cls)
+    unknown = [str(name) for name in node if name not in hints]
+    if unknown:
+        raise UserError(
+            f"{group}.{unknown[0]} is not an option: there are {', '.join(hints)}{suggest(unknown[0], hints)}"
+        )
+    return cls(**{str(name): conform(f"{group}.{name}", value, hints[name]) for name, value in node.items()})
+
+
+def run_dataset(model: Model, changes: Mapping[str, Any]) -> Dataset:
+    """The data set of a run, with `changes` to its options, or another one when they name it.
+
+    Raises:
+        UserError: when the run does not say which it is, or it does not look as the network expects it.
+    """
+    own = dict(model.checkpoint.content["config"].get("data") or {})
+    node = dict(changes) if "_target_" in changes else {**own, **changes}
+    if "_target_" not in node:
+        raise UserError(f"run={model.run.path} does not say where its pictures are: name the data set, as data=cifar10")
+    dataset: Dataset = build(node, "data")
+    check_same_facts(dataset.info, model.info, bool(getattr(model.denoiser.network, "num_classes", 0)))
+    return dataset
+
+
+def check_same_facts(found: DataInfo, wanted: DataInfo, labeled: bool) -> None:
+    """Raise `UserError` unless the data `found` look as the network was trained to see them."""
+    for name in ("kind", "shape", "low", "high", *(["num_classes"] if labeled else [])):
+        theirs, ours = getattr(found, name), getattr(wanted, name)
+        if theirs != ours:
+            raise UserError(
+                f"data={found.name} has {name}={theirs!r} and the run was trained with {name}={ours!r}: "
+                "give the data of the run, with data=NAME and data.OPTION=..."
+            )
+
+
+def remembered(
+    config: Mapping[str, Any], flow: DequantizerOptions, options: DequantizationOptions, model: Model
+) -> dict[str, Any]:
+    """The settings that a checkpoint holds: plain values."""
+    return {
+        "flow": asdict(flow),
+        "training": asdict(options),
+        "optimizer": dict(config["optimizer"]),
+        "score_model": {"checkpoint": model.checkpoint.path.name, "step": model.checkpoint.step, "ema": config["ema"]},
+    }
+
+
+def go_on(trainer: DequantizerTrainer, before: Checkpoint, folder: Path) -> None:
+    """Load the newest whole checkpoint; damaged newer ones are renamed, so that nobody takes them for good again."""
+    try:
+        trainer.load_state(before.content)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{before.path} does not fit its own settings ({reason}): remove {folder}") from error
+    if trainer.step >= trainer.options.steps:
+        raise UserError(
+            f"{folder} has made {trainer.step} steps and training.steps={trainer.options.steps} asks for no more: "
+            "raise training.steps to go on, or remove that folder to begin anew"
+        )
+    for step, path in list_checkpoints(folder):
+        if step > trainer.step:
+            path.rename(path.with_suffix(".damaged"))
+
+
+if __name__ == "__main__":
+    main()
