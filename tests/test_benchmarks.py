@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,18 +13,22 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from benchmarks import overhead, solvers
+from benchmarks import likelihood_weighting, overhead, solvers
 from benchmarks.measures import directions, energy_distance, kappa, pair_sum, projections, sliced_wasserstein
 from benchmarks.peers import Peer, chain, peers
 from benchmarks.report import markdown_table, replace_section
 from benchmarks.targets import TARGETS, end_points, ring, sixteen
+from sde.data import Split
 from sde.denoiser import AbstractDenoiser, GaussianMixtureDenoiser
 from sde.errors import UserError
-from sde.processes import EDM, SDE, VE, VP, RectifiedFlow
+from sde.losses import DenoisingScoreMatching
+from sde.processes import EDM, SDE, VE, VP, RectifiedFlow, SubVP
 from sde.reverse import ReverseProcess
 from sde.sampling import make_times
 from sde.solvers import SOLVERS
+from sde.solvers.dopri5 import Dopri5
 from sde.solvers.linear import LinearSolver
+from tests.commands import command
 from tests.problems import F64, gaussian, gaussian_flow, generator, normal
 
 # Distances
@@ -304,6 +309,104 @@ def test_the_benchmark_of_overhead_runs(capsys: pytest.CaptureFixture[str], monk
     with pytest.raises(SystemExit):
         overhead.main(["--solvers", "adms"])
     assert "there is no solver 'adms'" in capsys.readouterr().err
+
+
+# Weightings
+
+
+@pytest.mark.parametrize("objective", likelihood_weighting.OBJECTIVES)
+def test_gradients_are_clipped_at_the_mean_weight(objective: str) -> None:
+    """Against the weights of the loss, integrated over t = t_min + e^s."""
+    weighting, time = likelihood_weighting.OBJECTIVES[objective]
+    sde, loss = SubVP(), DenoisingScoreMatching(weighting=weighting, time=time)
+    s = torch.linspace(math.log(1e-12), math.log(sde.T - sde.t_min), 20_001, dtype=F64)
+    weights = loss.weight(sde, sde.t_min + torch.exp(s)) * torch.exp(s)
+    mean = float(torch.trapezoid(weights, s)) / (sde.T - sde.t_min)
+    assert likelihood_weighting.mean_weight(objective) == pytest.approx(mean, rel=1e-6)
+
+
+def test_digits_of_14_pixels_are_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Digits:
+        def __init__(self, root: str | None, size: int) -> None:
+            assert (root, size) == ("somewhere", 28)
+
+        def split(self, name: str) -> Split:
+            values = torch.zeros(3, 1, 28, 28, dtype=torch.uint8)
+            values[1] = 200
+            values[2, 0, 2:4, 4:6] = torch.tensor([[255, 3], [0, 100]])  # 89.5
+            return Split(values)
+
+    monkeypatch.setattr(likelihood_weighting, "MNIST", Digits)
+    likelihood_weighting.write_digits(tmp_path / "digits.npz", "somewhere")
+    x, quantization = likelihood_weighting.held_out(tmp_path / "digits.npz", 3)
+    pixels = quantization.index(x)
+    assert x.shape == (3, 1, 14, 14)
+    assert sorted(pixels.flatten(1).sum(1).tolist()) == [0, 90, 200 * 14 * 14]
+    assert pixels[:, 0, 1, 2].max() == 200
+    assert 90 in pixels[:, 0, 1, 2]
+    assert torch.equal(x, likelihood_weighting.held_out(tmp_path / "digits.npz", 3)[0])
+
+
+def test_differences_of_weightings_are_paired() -> None:
+    """The spread of pictures, which both objectives see, is not in the error of the difference."""
+    bits = {"likelihood": [1.0, 5.0], "sigma2": [1.5, 5.7]}
+    trials = likelihood_weighting.Trial
+    results = {
+        trials(name, 1e-3, seed): likelihood_weighting.Measured(
+            {m: [b + (seed if name == "sigma2" else 0) for b in values] for m in likelihood_weighting.MEASURES},
+            [seed + (0.25 if name == "sigma2" else 0.0)] * likelihood_weighting.STRATA,
+        )
+        for seed in (0, 1)
+        for name, values in bits.items()
+    }
+    lines = likelihood_weighting.table_of_differences(results).splitlines()[2:]
+    assert [line.split("|")[3].strip() for line in lines] == ["+0.600 ± 0.100", "+1.600 ± 0.100", "+1.100 ± 0.500"]
+    assert "3.000 ± 2.000" in likelihood_weighting.table_of_runs(results)
+    levels = [line.split("|") for line in likelihood_weighting.table_of_levels(results).splitlines()[2:]]
+    assert len(levels) == likelihood_weighting.STRATA
+    assert {tuple(float(cell) for cell in line[3:6]) for line in levels} == {(0.75, 0.5, 0.25)}
+    assert levels[0][2].split()[0] == f"{SubVP().noise_level(SubVP().t_min):.2g}"
+
+
+def test_the_benchmark_of_weightings_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Objectives differ in their loss and where gradients are clipped alone; finished runs are not trained again."""
+    trained = []
+
+    def run(words: list[str], check: bool) -> SimpleNamespace:
+        assert words[1:3] == ["-m", "sde.train"]
+        trained.append({word.partition("=")[0]: word.partition("=")[2] for word in words[3:]})
+        return SimpleNamespace(returncode=command("sde.train", *words[3:], folder=tmp_path).code)
+
+    monkeypatch.setattr(likelihood_weighting, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(likelihood_weighting, "SOLVER", Dopri5(rtol=0.05, atol=0.05))
+    pixels = torch.randint(256, (24, 10, 10), generator=generator(0)).byte().numpy()
+    np.savez(tmp_path / "pictures.npz", x_train=pixels[:16], x_test=pixels[16:])
+    arguments = ["--data", str(tmp_path / "pictures.npz"), "--out", str(tmp_path / "out"), "--examples", "4"]
+    arguments += ["--steps", "2", "--batch-size", "4", "--seeds", "1", "--set", "model.channels=4"]
+    likelihood_weighting.main(arguments)
+    first = capsys.readouterr().out
+    assert len(trained) == 2
+    assert {key for key in trained[0] if trained[0][key] != trained[1][key]} == {
+        "loss.weighting",
+        "loss.time",
+        "training.clip",
+        "hydra.run.dir",
+    }
+    rows = json.loads((tmp_path / "out" / "likelihood_weighting.json").read_text())
+    assert [(row["objective"], row["seed"]) for row in rows] == [("likelihood", 0), ("sigma2", 0)]
+    for row in rows:
+        assert all(math.isfinite(bits) for m in likelihood_weighting.MEASURES for bits in row["bits"][m])
+        assert len(row["levels"]) == likelihood_weighting.STRATA
+    likelihood_weighting.main(arguments)
+    assert len(trained) == 2
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")] == [
+        line for line in first.splitlines() if line.startswith("|")
+    ]
+    with pytest.raises(SystemExit):
+        likelihood_weighting.main([*arguments, "--seeds", "0"])
+    assert "--seeds=0" in capsys.readouterr().err
 
 
 def test_sixteen_dimensions_are_as_described() -> None:
