@@ -9,6 +9,7 @@ discrete.py      log P of quantized pictures from all of these, and what kind of
 """
 
 from sde.density.bound import Bound, Decoder, continuous_bound, discrete_bound
+from sde.density.dequantizer import Dequantizer, DequantizerOptions
 from sde.density.discrete import (
     ChainBound,
     ContinuousBound,
@@ -27,6 +28,8 @@ __all__ = [
     "ChainBound",
     "ContinuousBound",
     "Decoder",
+    "Dequantizer",
+    "DequantizerOptions",
     "DiscreteLogProb",
     "Discretization",
     "Divergence",
