@@ -130,7 +130,7 @@ def log_prob(
     field = DensityDenoiser(denoiser, divergence, probes, tuple(x.shape[1:]), sigma_data)
     process = ReverseProcess(field, label)
     first = process.eps(field.join(x), times[0]) if truncation else None
-    solution = solver.solve(process, field.join(x), times, callback=_telling(progress))
+    solution = solver.solve(process, field.join(x), times, callback=_telling(progress, solver, times))
     latent, added = field.split(solution.x)
     change = added / field.scale(times[-1])
     u = sde.noise_level(torch.tensor([times[0], times[-1]], dtype=torch.float64))
@@ -201,7 +201,7 @@ def _carry(
     progress: Progress | None,
 ) -> tuple[Tensor, int]:
     process = ReverseProcess(_InDouble(denoiser), label)
-    solution = solver.solve(process, x.double(), times, callback=_telling(progress))
+    solution = solver.solve(process, x.double(), times, callback=_telling(progress, solver, times))
     return solution.x, solution.nfe
 
 
@@ -366,7 +366,12 @@ def _truncation(field: DensityDenoiser, x: Tensor, joint: Tensor, t: float) -> T
     return d * math.log(alpha) + moved + 0.5 * (u * alpha * trace - eps.square().sum(1))
 
 
-def _telling(progress: Progress | None) -> Callable[[float, float, Tensor | None], None] | None:
+def _telling(
+    progress: Progress | None, solver: Solver, times: Sequence[float]
+) -> Callable[[float, float, Tensor | None], None] | None:
     if progress is None:
         return None
-    return lambda share, t, x: progress(share)
+    if solver.default_steps is not None:
+        return lambda share, t, x: progress(share)
+    # between two ends a solver with steps of its own can tell its time alone
+    return lambda share, t, x: progress(max(share, (t - times[0]) / (times[-1] - times[0])))
