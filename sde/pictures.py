@@ -22,6 +22,7 @@ from sde.denoiser import AbstractDenoiser
 from sde.files import atomic_write
 
 _MIN_SIDE = 512  # small grids are enlarged to about this many pixels
+_NAMED = 10  # paths; a longer legend would hide them
 
 
 def tile(pixels: Tensor, columns: int | None = None, gap: int = 2) -> np.ndarray:
@@ -238,6 +239,32 @@ def save_panels(path: Path, panels: Sequence[tuple[str, Tensor]], columns: int) 
         ax.scatter(*points[torch.isfinite(points).all(1)].T.tolist(), s=3, color="tab:blue", alpha=0.6, linewidths=0)
         ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[])
         ax.set_title(caption, fontsize=8)
+    figure.tight_layout()
+    _save_png(path, Image.fromarray(_rasterize(figure)))
+
+
+class Path2D(NamedTuple):
+    """One panel of `save_paths`: `paths`, (K, 2) points each, over points `ground` (N, 2) in gray."""
+
+    title: str
+    ground: Tensor
+    paths: Sequence[Tensor]
+
+
+def save_paths(path: Path, panels: Sequence[Path2D], names: Sequence[str]) -> None:
+    """Write paths in the plane, one color and name for each, side by side in `panels` of their own scales, as a PNG."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 5.3), dpi=100, squeeze=False)
+    for ax, panel in zip(axes.flat, panels, strict=True):
+        ground = panel.ground[torch.isfinite(panel.ground).all(1)]
+        reach = [float(points.abs().max()) for points in panel.paths]
+        limit = 1.1 * max(0.1, *reach, *([float(ground.abs().quantile(0.99))] if len(ground) else []))
+        ax.scatter(*ground.T.tolist(), s=3, color="0.8", linewidths=0)
+        for name, points in zip(names, panel.paths, strict=True):
+            ax.plot(*points.T.tolist(), marker="o", ms=3, lw=1, label=name)
+        ax.set(title=panel.title, aspect="equal", xlim=(-limit, limit), ylim=(-limit, limit))
+    if len(names) <= _NAMED:
+        axes.flat[0].legend(loc="upper right", fontsize=8)
     figure.tight_layout()
     _save_png(path, Image.fromarray(_rasterize(figure)))
 
