@@ -49,13 +49,14 @@ Options = TypeVar("Options", DequantizerOptions, DequantizationOptions)
 
 def main() -> None:
     """Entry point of the command line."""
-    # the data set is the run's, so Hydra has none to override: these add one, and options that may be there or not
-    adding = {"data=": "+", "data.": "++"}
-    sys.argv = [
-        adding.get(word.lstrip("+")[:5], "") + word.lstrip("+") if word.lstrip("+")[:5] in adding else word
-        for word in sys.argv
-    ]
+    sys.argv[1:] = [_adding(word) for word in sys.argv[1:]]
     run_command("dequantize", dequantize)
+
+
+def _adding(word: str) -> str:
+    """An override of the data as one that adds: the data set is the run's, and Hydra has none to override."""
+    bare = word.lstrip("+")
+    return f"+{bare}" if bare.startswith("data=") else f"++{bare}" if bare.startswith("data.") else word
 
 
 def dequantize(config: dict[str, Any]) -> None:
@@ -88,6 +89,7 @@ def dequantize(config: dict[str, Any]) -> None:
     with Run(folder).locked():
         if before is not None:
             go_on(trainer, before, folder)
+            warn_of_change(before, score_model(config, model))
         train(trainer, model, dataset, folder, remembered(config, flow_options, options, model))
 
 
@@ -218,8 +220,21 @@ def remembered(
         "flow": asdict(flow),
         "training": asdict(options),
         "optimizer": dict(config["optimizer"]),
-        "score_model": {"checkpoint": model.checkpoint.path.name, "step": model.checkpoint.step, "ema": config["ema"]},
+        "score_model": score_model(config, model),
     }
+
+
+def score_model(config: Mapping[str, Any], model: Model) -> dict[str, Any]:
+    """Which weights a dequantizer is trained for."""
+    return {"checkpoint": model.checkpoint.path.name, "step": model.checkpoint.step, "ema": config["ema"]}
+
+
+def warn_of_change(before: Checkpoint, now: Mapping[str, Any]) -> None:
+    """Say on standard error when the score model is not the one that a dequantizer was trained for so far."""
+    then = before.content["config"]["score_model"]
+    if then != now:
+        ago, present = (f"step {which['step']}, ema={str(which['ema']).lower()}" for which in (then, now))
+        print(f"warning: {before.path} was trained for {ago}, and goes on for {present}", file=sys.stderr)
 
 
 def go_on(trainer: DequantizerTrainer, before: Checkpoint, folder: Path) -> None:

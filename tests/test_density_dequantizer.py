@@ -222,10 +222,10 @@ def test_uniform_keeps_off_the_ends() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"channels": 0}, "dequantizer.channels=0 is out of range: it must be at least 1"),
-        ({"layers": 1}, "dequantizer.layers=1 is out of range: it must be at least 2"),
-        ({"bins": 500}, "dequantizer.bins=500 is out of range: it must be at most 256"),
-        ({"blocks": 1.5}, "dequantizer.blocks=1.5 must be a whole number"),
+        ({"channels": 0}, "flow.channels=0 is out of range: it must be at least 1"),
+        ({"layers": 1}, "flow.layers=1 is out of range: it must be at least 2"),
+        ({"bins": 500}, "flow.bins=500 is out of range: it must be at most 256"),
+        ({"blocks": 1.5}, "flow.blocks=1.5 must be a whole number"),
     ],
 )
 def test_options_are_checked(options: dict[str, float], sentence: str) -> None:

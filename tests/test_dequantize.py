@@ -7,14 +7,17 @@ import math
 import os
 import shutil
 import signal
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
+from sde.config import conf_dir
 from sde.data import DataInfo, Dataset, Split
 from sde.denoiser import AbstractDenoiser, GaussianDenoiser, GaussianMixtureDenoiser
 from sde.density.dequantizer import Dequantizer, DequantizerOptions, uniform
@@ -246,6 +249,13 @@ def test_options_are_checked(options: dict[str, Any], sentence: str) -> None:
 # The command line
 
 
+def test_the_file_and_the_options_have_the_same_defaults() -> None:
+    node = OmegaConf.to_container(OmegaConf.load(conf_dir() / "dequantize.yaml"))
+    assert isinstance(node, dict)
+    assert node["flow"] == asdict(DequantizerOptions())
+    assert node["training"] == asdict(DequantizationOptions())
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run of pictures, runs/g, told their classes, and one of points, runs/p."""
@@ -323,6 +333,7 @@ def test_going_on_is_exact(fresh: Path) -> None:
     assert command("sde.dequantize", "run=runs/g", "training.steps=4", folder=fresh).code == 0
     done = command("sde.dequantize", "run=runs/g", "training.steps=6", "training.keep=1", folder=fresh)
     assert done.code == 0, done.err
+    assert "was trained for" not in done.err
     assert "going on from step 4" in done.out
     parts, once = (load_checkpoint(checkpoint_path(fresh / f"runs/{k}/dequantizer", 6)).content for k in "gh")
     for name in ("model", "ema", "optimizer"):
@@ -410,7 +421,7 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (["run=runs/g", "ema=maybe"], ["ema='maybe'", "true or false"]),
     (["run=runs/g", "precision=fp64"], ["fp64", "fp32, bf16"]),
     (["run=runs/g", "device=mps"], ["'mps'", "auto, cpu, cuda"]),
-    (["run=runs/g", "flow.layers=1"], ["dequantizer.layers=1", "at least 2"]),
+    (["run=runs/g", "flow.layers=1"], ["flow.layers=1", "at least 2"]),
     (["run=runs/g", "flow.bins=many"], ["flow.bins='many' must be a whole number"]),
     (["run=runs/g", "flow=4"], ["flow"]),
     (["run=runs/g", "+flow.width=4"], ["flow.width is not an option", "channels"]),
@@ -463,6 +474,13 @@ def test_a_run_that_does_not_say_where_its_pictures_are(fresh: Path) -> None:
         "sde.dequantize", "run=runs/g", *SHORT, "data=glyphs", "data.size=8", "data.characters=digits", folder=fresh
     )
     assert done.code == 0, done.err
+
+
+def test_a_score_model_that_has_changed_is_named(fresh: Path) -> None:
+    assert command("sde.dequantize", "run=runs/g", *SHORT, folder=fresh).code == 0
+    done = command("sde.dequantize", "run=runs/g", "training.steps=5", "ema=false", folder=fresh)
+    assert done.code == 0, done.err
+    assert "was trained for step 4, ema=true, and goes on for step 4, ema=false" in done.err
 
 
 def test_no_dequantizer_yet(fresh: Path) -> None:

@@ -62,10 +62,10 @@ class DequantizerOptions:
         for name, least in (("channels", 1), ("blocks", 0), ("layers", 2), ("bins", 1), ("frequencies", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
-                raise UserError(f"dequantizer.{name}={value!r} must be a whole number")
-            check_number(f"dequantizer.{name}", value, at_least=least)
-        check_number("dequantizer.bins", self.bins, at_most=256)
-        check_number("dequantizer.frequencies", self.frequencies, at_most=16)
+                raise UserError(f"flow.{name}={value!r} must be a whole number")
+            check_number(f"flow.{name}", value, at_least=least)
+        check_number("flow.bins", self.bins, at_most=256)
+        check_number("flow.frequencies", self.frequencies, at_most=16)
 
 
 class Dequantizer(nn.Module):
