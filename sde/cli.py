@@ -101,6 +101,19 @@ def quoted(word: str) -> str:
     return word
 
 
+def add_data_overrides() -> None:
+    """Let data=NAME and data.OPTION=... in `sys.argv` add to a configuration that has no data set of its own.
+
+    For commands whose data set is the run's: Hydra has nothing there to override.
+    """
+
+    def adding(word: str) -> str:
+        bare = word.lstrip("+")
+        return f"+{bare}" if bare.startswith("data=") else f"++{bare}" if bare.startswith("data.") else word
+
+    sys.argv[1:] = [adding(word) for word in sys.argv[1:]]
+
+
 def argument(name: str) -> str | None:
     """The value given for `name` on the command line, as Hydra reads it; None for none or null."""
     value: str | None = None

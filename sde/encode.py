@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sde.cli import Interrupted, run_command
+from sde.cli import Interrupted, add_data_overrides, run_command
 from sde.config import build
 from sde.data import DATASETS, DataInfo
 from sde.density import decode, encode, times_to_noise
@@ -52,8 +51,7 @@ _SHOWN = 16  # pictures in a row
 
 def main() -> None:
     """Entry point of the command line."""
-    # the data set is the run's, so Hydra has none to override
-    sys.argv = [f"+{word}" if word.startswith(("data=", "data.")) else word for word in sys.argv]
+    add_data_overrides()
     run_command("encode", encode_examples)
 
 
