@@ -23,7 +23,7 @@ from sde.denoiser import AbstractDenoiser, GaussianDenoiser, GaussianMixtureDeno
 from sde.density.dequantizer import Dequantizer, DequantizerOptions, uniform
 from sde.dequantize import load_dequantizer
 from sde.errors import UserError
-from sde.processes import SDE, VP
+from sde.processes import SDE, VP, SubVP
 from sde.training.batches import Batches
 from sde.training.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
 from sde.training.dequantization import DequantizationOptions, DequantizerTrainer, GainValidation, Objective
@@ -87,13 +87,16 @@ def test_levels_are_drawn_with_the_weight_of_their_density(sde: SDE, n: int) -> 
         assert abs(float(products.mean()) - exact) < 4 * float(products.std()) / math.sqrt(len(products)) + 1e-6
 
 
-def test_half_of_the_levels_are_finer_than_a_few_buckets() -> None:
-    sde = VP()
+@pytest.mark.parametrize(("sde", "finest"), [(VP(), 0.0), (SubVP(), 1 / 16)])
+def test_half_of_the_levels_are_about_a_bucket_wide(sde: SDE, finest: float) -> None:
+    """Between a sixteenth of a bucket and four, as far as there are such levels, beside their share of the others."""
     objective = Objective(GaussianDenoiser(sde, torch.zeros(2), torch.tensor(1.0)), PAIR)
     t, _ = objective.draw(4000, generator(), "cpu")
     low, high = float(sde.log_snr(sde.T)), float(sde.log_snr(sde.t_min))
-    share = (high + 2 * math.log(4 * WIDTH)) / (high - low)  # of the axis
-    fine = float((sde.noise_level(t) < 4 * WIDTH).double().mean())
+    upper = min(high, -2 * math.log(finest * WIDTH)) if finest else high
+    share = (upper + 2 * math.log(4 * WIDTH)) / (high - low)  # of the axis
+    level = sde.noise_level(t)
+    fine = float(((level >= finest * WIDTH) & (level < 4 * WIDTH)).double().mean())
     assert fine == pytest.approx(0.5 + 0.5 * share, abs=1e-3)
 
 

@@ -10,7 +10,7 @@ signal-to-noise ratio (log-SNR) from t_min to T,
 
     B = L_prior + (log-SNR(t_min) - log-SNR(T)) / (2 r(s)) ||eps(x_t, t) - z||^2.
 
-How a pixel lies in its bucket is seen at noise levels of the bucket's size and below, so half of the levels are drawn
+How a pixel lies in its bucket is seen best at noise levels of about the bucket's size, so half of the levels are drawn
 from those, and half from the whole axis. The mean of B bounds -log p_{t_min} averaged over noise of level t_min around
 x, but for a constant: what a dequantizer learns from is the model's log density blurred by that much.
 
@@ -48,7 +48,7 @@ from sde.training.ema import EMA
 from sde.training.stopping import StopRequest
 
 FOLDER = "dequantizer"
-_FINE = 4.0  # buckets: noise levels below that tell where in its bucket a pixel lies
+_FINE = (1 / 16, 4.0)  # buckets: noise levels between these tell most of where in its bucket a pixel lies
 
 
 @dataclass(frozen=True)
@@ -123,17 +123,22 @@ class Objective:
         self.denoiser, self.sde = denoiser, denoiser.sde
         self.width = Quantization.of(info).width
         self.range = log_snr_range(self.sde)
-        # the fine levels reach to e times the finest at least
         finest = float(self.sde.noise_level(self.sde.t_min))
-        self.fine = min(1.0, 2 * math.log(max(_FINE * self.width / finest, math.e)) / self.range)
+        low, high = (min(max(2 * math.log(k * self.width / finest) / self.range, 0.0), 1.0) for k in _FINE)
+        length = min(max(high - low, 2 / self.range), 1.0)  # a factor of e at least, for buckets finer than all levels
+        self.fine = (min(low, 1 - length), length)
 
     def draw(self, n: int, generator: torch.Generator | None, device: torch.device | str) -> Levels:
         """`n` noise levels, one in each of n equal parts of their distribution."""
         drawn = torch.rand(n, generator=generator, dtype=torch.float64, device=device)
         share = (torch.arange(n, device=device) + drawn) / n
-        inner = 0.5 + 0.5 / self.fine  # density of the places below `fine`; above it is 1/2
-        place = torch.where(share < inner * self.fine, share / inner, 2 * share - 1)
-        density = torch.where(place < self.fine, torch.full_like(place, inner), torch.full_like(place, 0.5))
+        start, length = self.fine
+        inner = 0.5 + 0.5 / length  # density of the places that are fine; that of the others is 1/2
+        place = torch.where(
+            share < 0.5 * start, 2 * share, torch.maximum(start + (share - 0.5 * start) / inner, 2 * share - 1)
+        )
+        fine = (place >= start) & (place < start + length)
+        density = torch.where(fine, torch.full_like(place, inner), torch.full_like(place, 0.5))
         return Levels(quantile(self.sde, place), self.range / density)
 
     def place(self, x: Tensor, u: Tensor) -> Tensor:
