@@ -14,6 +14,11 @@ levels from a decoder. All are Jensen's inequality for log P = log E[weight], wi
 so that of K draws the logarithm of the mean weight lies between the mean logarithm and log P in expectation, and tends
 to log P (the importance-weighted bound, arXiv 1509.00519).
 
+The decoder's bound depends on t. Where p is smooth on the scale of a bucket, noise much finer than that costs what it
+takes to say where in the bucket x_t lies, log(w / sigma) for each dimension, and p that is trained on the levels
+themselves has to know them that sharply. Coarse noise has to be undone by the decoder, which treats pixels one by one.
+Between them is sigma / alpha = w / 4 (`decoding_time`), about EDM's smallest noise level.
+
 How log p is had is the method: `Flow` by the probability-flow ODE, whose density it is; `ContinuousBound` and
 `ChainBound` bound that of the reverse SDE from below, and have a decoder of their own for the step to data.
 """
@@ -43,6 +48,7 @@ from sde.solvers import Solver
 
 DEQUANTIZATIONS = ("uniform", "variational", "decoder", "none")
 _CHAIN_GRID, _CHAIN_STEPS = "logsnr", 1000
+_SHARE = 0.25  # of a bucket's width, the noise from which a decoder is to decode unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -403,6 +409,12 @@ def discrete_log_prob(
     return _combine(found, discretization.importance)
 
 
+def decoding_time(sde: SDE, quantization: Quantization) -> float:
+    """The time from which to decode: where the noise level is a quarter of a bucket, or t_min where that is noisier."""
+    level = _SHARE * quantization.width
+    return sde.t_min if float(sde.noise_level(sde.t_min)) >= level else float(sde.t_of_noise_level(level))
+
+
 def from_time(denoiser: AbstractDenoiser, t_min: float | None) -> AbstractDenoiser:
     """The same denoiser with another smallest time, at which its density is meant; None leaves it.
 
@@ -438,7 +450,7 @@ def _draw(
     if discretization.kind == "variational":
         flow = discretization.dequantizer
         assert flow is not None
-        own = flow.stem.weight.dtype
+        own = next(flow.parameters()).dtype
         u, log_q = flow(of.x.to(own), noise().to(own))
         extra["dequantizer"] = -log_q.double()
     else:
