@@ -59,7 +59,10 @@ def encode_examples(config: dict[str, Any]) -> None:
     """Encode examples as `config` says and write their latent codes into a new folder."""
     check_settings({**config, "n": _N if config["n"] is None else config["n"], "seed": 0, "denoise": False})
     check_flag("round_trip", config["round_trip"])
-    check_choice("split", config["split"], ("train", "test"))
+    split = config["data"].get("split", config["split"])
+    check_choice("split", split, ("train", "test"))
+    data = {key: value for key, value in config["data"].items() if key != "split"}
+    config = {**config, "split": split, "data": data}
     device = pick_device(config["device"])
     solver: Solver = build(config["solver"], "solver")
     grid = chosen_grid(config)
