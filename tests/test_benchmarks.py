@@ -13,13 +13,16 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from benchmarks import likelihood_weighting, overhead, solvers
+from benchmarks import likelihood, likelihood_weighting, overhead, solvers
 from benchmarks.measures import directions, energy_distance, kappa, pair_sum, projections, sliced_wasserstein
+from benchmarks.original_likelihood import original_log_prob
 from benchmarks.peers import Peer, chain, peers
 from benchmarks.report import markdown_table, replace_section
-from benchmarks.targets import TARGETS, end_points, ring, sixteen
+from benchmarks.targets import TARGETS, end_points, ring, sixteen, unequal
 from sde.data import Split
 from sde.denoiser import AbstractDenoiser, GaussianMixtureDenoiser
+from sde.density.divergence import Hutchinson
+from sde.density.flow import log_prob
 from sde.errors import UserError
 from sde.losses import DenoisingScoreMatching
 from sde.processes import EDM, SDE, VE, VP, RectifiedFlow, SubVP
@@ -29,7 +32,7 @@ from sde.solvers import SOLVERS
 from sde.solvers.dopri5 import Dopri5
 from sde.solvers.linear import LinearSolver
 from tests.commands import command
-from tests.problems import F64, gaussian, gaussian_flow, generator, normal
+from tests.problems import F64, gaussian, gaussian_flow, generator, marginal_of_gaussian, normal
 
 # Distances
 
@@ -407,6 +410,83 @@ def test_the_benchmark_of_weightings_runs(
     with pytest.raises(SystemExit):
         likelihood_weighting.main([*arguments, "--seeds", "0"])
     assert "--seeds=0" in capsys.readouterr().err
+
+
+# Likelihoods
+
+
+def gaussian_log_prob(sde: SDE, x: Tensor, mean: float, std: float) -> Tensor:
+    """log p of the flow of N(mean, std^2) from the prior, (B,): a little off that Gaussian, since the prior is."""
+    latent = gaussian_flow(sde, x, sde.t_min, sde.T, mean, std)
+    (_, first), (_, last) = (marginal_of_gaussian(sde, t, mean, std) for t in (sde.t_min, sde.T))
+    return sde.prior_log_prob(latent) + 0.5 * x[0].numel() * math.log(last / first)
+
+
+@pytest.mark.parametrize("sde", [VP(), VE()])
+def test_the_originals_likelihood_is_exact_and_ours(sde: SDE) -> None:
+    """In float64: against the density of a Gaussian, where one probe is exact, and against ours on a mixture."""
+    denoiser, x = gaussian(sde), normal(4, 5, seed=7)
+    probes = Hutchinson().draw(0, range(4), x)
+    found = original_log_prob(denoiser, x, probes[:, 0], 1e-9, 1e-9)
+    exact = gaussian_log_prob(sde, x, 0.7, 0.5)
+    # 1e-9 of numbers up to 50 sqrt(5), at each of some hundred steps
+    torch.testing.assert_close(found.log_prob, exact, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.bits, -found.log_prob / (5 * math.log(2)) + 7, rtol=1e-12, atol=0)
+    mixture = unequal(sde, 5)
+    x = mixture.sample(4, generator(1))
+    found = original_log_prob(mixture, x, probes[:, 0], 1e-9, 1e-9)
+    solver = Dopri5(rtol=1e-9, atol=1e-9)
+    ours = log_prob(mixture, x, solver=solver, divergence=Hutchinson(), probes=probes)
+    # modes 0.03 wide magnify an error in x by 30
+    torch.testing.assert_close(found.log_prob, ours.log_prob, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.latent, ours.latent, rtol=0, atol=1e-5)
+
+
+def test_passes_are_counted_by_the_network() -> None:
+    case = likelihood.gaussian_case(VP(), 0.25, 3, shape=(2, 3))
+    compared = likelihood.methods([1e-3], [7], ["adams", "heun"])
+    results = {m.name: r for m, r in zip(compared, likelihood.measure(case, compared, 1), strict=True)}
+    torch.testing.assert_close(case.reference, gaussian_log_prob(VP(), case.x, 0.0, 0.25), rtol=0, atol=1e-6)
+    nfe = original_log_prob(case.denoiser, case.x, case.probes[:, 0], 1e-3, 1e-3).nfe
+    assert (results["original"].forward, results["original"].backward) == (2 * nfe, nfe)
+    ours = log_prob(
+        case.denoiser, case.x, solver=Dopri5(rtol=1e-3, atol=1e-3), divergence=Hutchinson(), probes=case.probes
+    )
+    assert (results["dopri5"].forward, results["dopri5"].backward) == (ours.nfe, ours.nfe)
+    assert (results["adams"].forward, results["adams"].backward) == (7, 7)
+    assert (results["heun"].forward, results["heun"].backward) == (14, 14)
+    assert results["heun"].error.max() > results["dopri5"].error.max()
+    assert all(len(result.seconds) == 1 for result in results.values())
+
+
+def test_the_benchmark_of_likelihoods_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = []
+
+    def run(words: list[str], check: bool) -> SimpleNamespace:
+        trained.append(words[3])
+        small = ["model.channels=8", "data.size=8", "training.batch_size=4", "training.validation_examples=4"]
+        return SimpleNamespace(returncode=command("sde.train", *words[3:], *small, folder=tmp_path).code)
+
+    monkeypatch.setattr(likelihood, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(likelihood, "TIGHT", {"trained": 1e-2})
+    arguments = ["--targets", "network", "--sdes", "vp", "--batch", "2", "--rounds", "1", "--out", str(tmp_path)]
+    arguments += ["--tolerances", "1e-1", "--steps", "5", "--training-steps", "2"]
+    likelihood.main([*arguments, "--run", str(tmp_path / "vp")])
+    likelihood.train("vp", tmp_path / "vp", steps=2)
+    assert trained == ["sde=vp"]
+    printed = capsys.readouterr().out
+    assert "\nnetwork, VP, 2 x 1 x 8 x 8\n" in printed
+    assert "\nrun, VP, 2 x 1 x 8 x 8\n" in printed
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")]
+    adams = [row for row in rows if row[0] == "adams"]
+    assert len(adams) == 2
+    assert all(row[1:4] == ["5 steps", "5", "5"] for row in adams)
+    assert all(float(row[4]) == 1 for row in rows if row[0] == "original")
+    with pytest.raises(SystemExit):
+        likelihood.main(["--targets", "run"])
+    assert "give --run" in capsys.readouterr().err
 
 
 def test_sixteen_dimensions_are_as_described() -> None:
