@@ -162,6 +162,8 @@ def chosen_examples(config: Mapping[str, Any], model: Model) -> Examples:
         split = dataset.split(config["split"])
         values, labels = split.values, split.labels
         source, name, most = f"the {config['split']} split of {dataset.info.name}", config["split"], _N
+    if not len(values):
+        raise UserError(f"{source} is empty: take another split, or another data set")
     if config["indices"] is not None:
         numbers = chosen_indices(config["indices"], len(values), source)
     else:

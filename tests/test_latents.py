@@ -73,9 +73,9 @@ def network(sde: SDE, numel: int) -> Denoiser:
 
 
 # Root-mean-square errors of the way there and back, in a float64 state with a float32 network. dopri5 keeps those of
-# some 15 steps below 1e-5 each; what one is at the other end is more by as much as the flow spreads there. Measured are 3e-4
-# at most, and 3e-5 with steps in log-SNR, the axis that networks are smooth on. Heun's steps of order 2 leave 4e-5. An
-# error in the map as such, or an end at another time than t_min, would be of order one.
+# some 15 steps below 1e-5 each; what one is at the other end is more by as much as the flow spreads there. Measured are
+# 3e-4 at most, and 3e-5 with steps in log-SNR, the axis that networks are smooth on. Heun's steps leave 4e-5.
+# An error in the map as such, or an end at another time than t_min, would be of order one.
 WAYS: dict[str, tuple[Solver, dict[str, Any], float]] = {
     "dopri5": (Dopri5(), {}, 1e-3),
     "dopri5 in log-SNR": (Dopri5(variable="log_snr"), {}, 1e-4),
