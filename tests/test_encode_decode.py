@@ -403,6 +403,22 @@ def test_an_interrupted_command_leaves_nothing(
     assert sorted(point_run.rglob("*")) == before
 
 
+@pytest.mark.parametrize(("module", "arguments"), [("encode", []), ("decode", [C])])
+def test_interrupted_while_writing_nothing_is_left(
+    module: str, arguments: list[str], point_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arrays without the picture beside them are no result."""
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module(f"sde.{module}"), "draw_pictures", interrupted)
+    before = sorted(point_run.rglob("*"))
+    done = command(f"sde.{module}", *arguments, "n=2", "out=torn", folder=point_run)
+    assert (done.code, done.sentence) == (130, "interrupted; nothing was left half-written")
+    assert sorted(point_run.rglob("*")) == before
+
+
 # Pictures of small things
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from sde.data import DataInfo
 from sde.denoiser import Denoiser
 from sde.density import decode, encode
+from sde.density.flow import dtype_of
 from sde.errors import UserError
 from sde.grids import LogSNR
 from sde.latents import (
@@ -104,6 +105,14 @@ def test_float32_codes_are_enough(sde: SDE) -> None:
     z = sde.prior_std * normal(6, 12)
     exact, rounded = (decode(denoiser, code, **way)[0] for code in (z, z.float()))
     assert 0 < float((exact - rounded).abs().max()) < 1e-6
+
+
+def test_states_are_float32_where_some_weights_are_bfloat16() -> None:
+    """As `precision=bf16` casts them: a state in bfloat16 would lose all but two digits of a picture."""
+    model = torch.nn.Linear(3, 3)
+    model.weight = torch.nn.Parameter(model.weight.to(torch.bfloat16))
+    assert dtype_of(Denoiser(model, VP(), Preconditioned())) == torch.float32
+    assert dtype_of(gaussian(VP())) == F64
 
 
 @pytest.mark.parametrize("direction", [encode, decode])

@@ -338,9 +338,12 @@ class _InDouble(AbstractDenoiser):
 
 
 def dtype_of(denoiser: AbstractDenoiser) -> torch.dtype:
-    """The type in which a denoiser computes: that of its weights, float64 for one without."""
+    """The type of the states that a denoiser takes: the longest of its weights, float64 for one without.
+
+    Some of them may be cast to bfloat16, which is for the insides of a network alone (`sde.devices.cast_weights`).
+    """
     weights = [w.dtype for w in (*denoiser.parameters(), *denoiser.buffers()) if w.is_floating_point()]
-    return weights[0] if weights else torch.float64
+    return max(weights, key=lambda dtype: torch.finfo(dtype).bits, default=torch.float64)
 
 
 def _standard_error(estimates: Tensor, divergence: Divergence) -> Tensor:
