@@ -45,7 +45,6 @@ class Task:
         labels: what the network is told of each, (n,), or None.
         batch_size: examples at once.
         seed: of all draws.
-        precision: of the network.
         device: where it is.
     """
 
@@ -59,7 +58,6 @@ class Task:
     labels: Tensor | None
     batch_size: int
     seed: int
-    precision: str
     device: torch.device
 
     @property

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from sde.denoiser import AbstractDenoiser
-from sde.density.bound import Bound, Decoder, continuous_bound, discrete_bound
+from sde.density.bound import VARIANCES, Bound, Decoder, continuous_bound, discrete_bound
 from sde.density.dequantizer import Dequantizer, uniform
 from sde.density.divergence import Divergence
 from sde.density.flow import Progress, dtype_of, log_prob
@@ -177,6 +177,9 @@ class ContinuousBound(Method):
     points: int = 32
     exact = False
 
+    def __post_init__(self) -> None:
+        _check_count("points", self.points)
+
     def density(self, denoiser: AbstractDenoiser, of: Examples, progress: Progress | None) -> Weights:
         return self._bound(denoiser, of, Decoder(), progress)
 
@@ -219,6 +222,13 @@ class ChainBound(Method):
     share: float = 0.5
     subset: int | None = None
     exact = False
+
+    def __post_init__(self) -> None:
+        check_choice("bound.variance", self.variance, VARIANCES)
+        check_number("bound.share", self.share)
+        for name in ("steps", "subset"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
 
     def times(self, sde: SDE) -> list[float]:
         """The times from T to t_min."""
@@ -429,6 +439,11 @@ def from_time(denoiser: AbstractDenoiser, t_min: float | None) -> AbstractDenois
     changed = {"t_min": t_min, "t_min_sampling": max(t_min, sde.t_min_sampling)}
     later.sde = replace(sde, **changed)  # type: ignore[type-var]  # SDEs are dataclasses
     return later
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"bound.{name}={value!r} must be a whole number of at least 1")
 
 
 def _draw(
