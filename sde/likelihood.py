@@ -168,8 +168,8 @@ def chosen_dequantization(config: Mapping[str, Any], model: Model) -> str:
         return "none" if model.info.kind == "vectors" else "uniform" if trained else "decoder"
     if model.info.kind == "pixels" and name in ("uniform", "variational") and not trained:
         print(
-            f"warning: the run was trained without training.dequantize=true, so that its density has peaks at the gray "
-            f"levels and the bits of dequantization={name} will be many: take decoder, or train with it",
+            f"warning: the run was trained without training.dequantize=true, so that its density may have peaks at the "
+            f"gray levels, which dequantization={name} misses: compare dequantization=decoder, or train with it",
             file=sys.stderr,
         )
     return name
@@ -271,10 +271,10 @@ def opened_split(config: Mapping[str, Any], model: Model) -> Split:
     try:
         dataset: Dataset = run_dataset(model, config["data"])
         split = dataset.split(config["split"])
-    except (UserError, OSError) as error:
-        own = model.checkpoint.content["config"].get("data") or {}
-        place = next((name for name in ("root", "path") if name in own), None)
-        if place is None or (isinstance(error, OSError) and not isinstance(error, FileNotFoundError)):
+    except (UserError, FileNotFoundError) as error:
+        options = {**(model.checkpoint.content["config"].get("data") or {}), **config["data"]}
+        place = next((name for name in ("root", "path") if name in options), None)
+        if place is None or (options[place] is not None and Path(str(options[place])).expanduser().exists()):
             raise
         raise UserError(f"{error} (data that lie elsewhere: data.{place}=...)") from error
     if len(split) == 0:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sde.data import Split
 from sde.likelihood import mean_and_error
 from sde.runs import Run
 from sde.training.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
@@ -266,10 +267,24 @@ def test_data_that_have_moved(tmp_path: Path) -> None:
     moved = f"data.path={tmp_path / 'b.npz'}"
     empty = command("sde.likelihood", *QUICK, "run=r", moved, "data.test_fraction=0", folder=tmp_path)
     assert empty.code == 2
-    assert "split=train" in empty.sentence
+    assert "no test split" in empty.sentence
+    assert "data.path=" not in empty.sentence
     summary, _, _ = evaluated(tmp_path, *QUICK, "run=r", moved, "data.split=train", "n=2", out="found")
     assert summary["split"] == "train"
     assert not (tmp_path / "r" / "likelihood").exists()
+
+
+def test_a_split_without_examples(point_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("sde.likelihood")
+    original = module.run_dataset
+
+    def without_test(*arguments: Any) -> Any:
+        dataset = original(*arguments)
+        monkeypatch.setattr(type(dataset), "split", lambda self, name: Split(torch.zeros(0, 2)))
+        return dataset
+
+    monkeypatch.setattr(module, "run_dataset", without_test)
+    refused(point_run, [], ["split=test of moons is empty", "take split=train"])
 
 
 # Interruption
