@@ -111,8 +111,10 @@ def test_more_draws_weighted_by_importance_come_nearer_to_log_p() -> None:
     assert (exact - mean < 0.2).all()
     weights = found.draws.reshape(5, -1).exp()
     assert ((weights.mean(1) - exact.exp()).abs() < 4 * weights.std(1) / math.sqrt(512 * 32)).all()
-    # the error bars, from the spread of 32 draws, against the spread of the results
-    assert found.standard_error.reshape(5, -1).mean(1) == pytest.approx(found.log_prob.reshape(5, -1).std(1), rel=0.3)
+    # the error bars, from the spread of 32 draws, against the spread of the results, where no weight stands out
+    bars, spread = found.standard_error.reshape(5, -1)[1:3], found.log_prob.reshape(5, -1)[1:3].std(1)
+    assert bars.isfinite().all()
+    assert bars.mean(1).tolist() == pytest.approx(spread.tolist(), rel=0.25)
 
 
 def test_probes_are_shared_between_draws_that_are_weighted() -> None:
@@ -329,6 +331,15 @@ def test_it_says_which_bound_it_is() -> None:
     way = Discretization("uniform", LEVELS, draws=8, importance=True)
     assert "importance-weighted, 8 draws" in way.meaning(Flow())
     assert dataclasses.replace(way, importance=False).meaning(Flow()) == said["uniform", "Flow"]
+
+
+def test_weights_of_which_one_counts_have_no_error_bar() -> None:
+    """Far in the tail a draw at the inner edge of the bucket outweighs all others."""
+    x = torch.full((1, 1, 1, 2), 40.0, dtype=F64)
+    way = Discretization("uniform", LEVELS, draws=8, importance=True)
+    assert discrete_log_prob(mixture(), x, way, Known()).standard_error.isnan().all()
+    assert "estimated traces" in way.meaning(Flow(divergence=Hutchinson()))
+    assert "estimated traces" not in way.meaning(Flow(divergence=Exact()))
 
 
 def test_one_draw_has_no_spread() -> None:

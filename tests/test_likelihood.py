@@ -207,7 +207,7 @@ def test_a_trained_dequantizer_is_used(pixel_run: Path) -> None:
     assert set(summary["parts"]) == {"density", "width", "dequantizer"}
     assert (summary["draws"], summary["importance"]) == (2, True)
     assert "importance-weighted, 2 draws" in summary["meaning"]
-    assert all(float(row["standard_error"]) > 0 for row in rows)
+    assert all(row["standard_error"] == "" for row in rows)  # two weights do not tell
     # weighted by importance: not below the mean of the two, the sum of the parts
     assert summary["bits_per_dim"] <= sum(summary["parts"].values()) + 1e-12
     shutil.rmtree(pixel_run / "variational")

@@ -109,6 +109,11 @@ class Method(ABC):
     exact: bool
     """Whether it is log p and no bound on it."""
 
+    @property
+    def estimates_traces(self) -> bool:
+        """Whether random probes are in it."""
+        return False
+
     @abstractmethod
     def density(self, denoiser: AbstractDenoiser, of: Examples, progress: Progress | None) -> Weights:
         """log p(x)."""
@@ -135,6 +140,10 @@ class Flow(Method):
     steps: int | None = None
     truncation: bool = False
     exact = True
+
+    @property
+    def estimates_traces(self) -> bool:
+        return self.divergence is not None and self.divergence.vectors > 0
 
     def density(self, denoiser: AbstractDenoiser, of: Examples, progress: Progress | None) -> Weights:
         found = log_prob(
@@ -342,7 +351,9 @@ class Discretization:
         what = {
             "decoder": "the probability-flow ODE draws x_t and the decoder the pixels",
         }.get(self.kind, "P the mass of the probability-flow ODE's density in the pixels' buckets")
-        return f"upper bound{weighted}, in expectation over the draws, on -log2 P(pixels) / D, {what}"
+        estimated = self.importance and method.estimates_traces
+        limits = "; as far as the error of estimated traces is the same in all draws of a picture" if estimated else ""
+        return f"upper bound{weighted}, in expectation over the draws, on -log2 P(pixels) / D, {what}{limits}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -352,7 +363,8 @@ class DiscreteLogProb:
     Attributes:
         log_prob: (B,): the mean of `draws`, or the logarithm of the mean of their exponentials.
         draws: (B, K), of each draw.
-        standard_error: of `log_prob` from the spread of the draws, (B,): NaN for one draw.
+        standard_error: of `log_prob` from the spread of the draws, (B,): NaN for one draw, and for weights of which
+            fewer than two count (1 / the sum of their squared shares), whose spread tells nothing.
         trace_error: of `log_prob` from the spread of the trace's estimates, (B,): 0 for exact ones, NaN for one probe
             and for bounds, which have no trace.
         parts: what the mean of the draws is made of: name: (B,).
@@ -486,14 +498,15 @@ def _combine(found: Sequence[Weights], importance: bool) -> DiscreteLogProb:
     else:
         value, spread = draws.mean(1), draws
         trace_error = errors.square().sum(1).sqrt() / count
-    nan = torch.full_like(value, math.nan)
+    error = spread.std(1) / math.sqrt(count) if count > 1 else torch.full_like(value, math.nan)
+    error = error.masked_fill(1 / shares.square().sum(1) < 2, math.nan)
     first = found[0]
     terms = [weights.terms for weights in found if weights.terms is not None]
     moved = [weights.truncation for weights in found if weights.truncation is not None]
     return DiscreteLogProb(
         log_prob=value,
         draws=draws,
-        standard_error=spread.std(1) / math.sqrt(count) if count > 1 else nan,
+        standard_error=error,
         trace_error=trace_error,
         parts={name: torch.stack([weights.parts[name] for weights in found]).mean(0) for name in first.parts},
         terms=torch.stack(terms).mean(0) if terms else None,
