@@ -403,7 +403,7 @@ PIXELS = [
     (["solver=pc"], ["solver=pc cannot go from data to noise", "dopri5"]),
     (["solver=heun", "solver.s_churn=3"], ["solver=heun cannot go from data to noise", "without noise"]),
     (["solver=heun", "solver.final=tweedie"], ["solver.final=none"]),
-    (["steps=5"], ["steps means nothing to Dopri5"]),
+    (["steps=5"], ["steps means nothing to AdamsAdaptive"]),
     (["steps=5", "method=continuous_bound"], ["steps=5", "bound.steps"]),
     (["bound.steps=5"], ["bound.steps=5 means nothing to method=ode"]),
     (["bound.variance=forward", "method=continuous_bound"], ["bound.variance=forward means nothing"]),

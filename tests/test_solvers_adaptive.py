@@ -24,7 +24,18 @@ from sde.parameterizations import Eps
 from sde.processes import EDM, SDE, VE, VP
 from sde.randomness import BatchNoise, RecordedNoise, SampleNoise
 from sde.reverse import ReverseProcess
-from sde.solvers import AdaptiveSDE, Dopri5, DPMAdaptive, EulerMaruyama, SciPyODE, Solver, TorchSDE, dopri5
+from sde.solvers import (
+    AdamsAdaptive,
+    AdaptiveSDE,
+    Dopri5,
+    DPMAdaptive,
+    EulerMaruyama,
+    SciPyODE,
+    Solver,
+    TorchSDE,
+    dopri5,
+)
+from sde.solvers.adams_adaptive import quadrature
 from sde.solvers.adaptive import PID, AdaptiveSolver, integrate
 from sde.solvers.adaptive_sde import Path
 from tests.problems import (
@@ -111,7 +122,81 @@ def test_the_gaussian_of_edm_is_solved_in_one_step() -> None:
     solution = Dopri5().solve(ReverseProcess(gaussian(sde, 0.0, 0.5)), normal(5, 1), [sde.T, sde.t_min_sampling])
     exact = gaussian_flow(sde, normal(5, 1), sde.T, sde.t_min_sampling, 0.0, 0.5)
     assert float((solution.x - exact).abs().max()) < 1e-12
-    assert solution.nfe <= 2 + 6 * 9  # a first step of 1e-6 of the way, each ten times as long as the one before
+    assert solution.nfe == 2 + 6
+
+
+# Adams
+
+
+def test_adams_weights_in_equal_steps_are_the_classical_ones() -> None:
+    """Adams-Bashforth and Adams-Moulton of order 4 (Hairer, Norsett and Wanner, III.1)."""
+    stepper = AdamsAdaptive(order=5).stepper(VP(), 1.0, 0.1, normal(1, 1))
+    offsets = torch.tensor([[0.0, -1.0, -2.0, -3.0]], dtype=F64)
+    predict, correct, lower = stepper.weights(torch.tensor([4]), offsets)  # type: ignore[attr-defined]
+    classical = [55 / 24, -59 / 24, 37 / 24, -9 / 24, 0], [251 / 720, 646 / 720, -264 / 720, 106 / 720, -19 / 720]
+    np.testing.assert_allclose(predict[0], classical[0], rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(correct[0], classical[1], rtol=1e-12)
+    np.testing.assert_allclose(lower[0], [9 / 24, 19 / 24, -5 / 24, 1 / 24, 0], rtol=1e-12, atol=1e-13)
+
+
+def test_adams_weights_integrate_polynomials_over_any_places() -> None:
+    """Through the slopes that there are, of each sample by itself: powers below their number, and no others."""
+    nodes = torch.cat([torch.ones(5, 1, dtype=F64), -torch.rand(5, 4, generator=generator(3), dtype=F64).cumsum(1)], 1)
+    used = torch.arange(1, 6)
+    weights = quadrature(nodes, used)
+    for row, points, count in zip(weights, nodes, used.tolist(), strict=True):
+        assert float(row[count:].abs().sum()) == 0
+        for power in range(count):
+            assert float(row @ points**power) == pytest.approx(1 / (power + 1), abs=1e-11)
+        assert abs(float(row @ points**count) - 1 / (count + 1)) > 1e-3
+
+
+@every_sde
+def test_adams_reaches_the_end_point(sde: SDE) -> None:
+    x, t, s = start(sde)
+    exact = flow_end_point(mixture(), sde, x, t, s, rtol=1e-12)
+    got, _ = run(AdamsAdaptive(rtol=1e-9, atol=1e-9, order=6), mixture().denoiser(sde), x, t, s)
+    assert float((got - exact).abs().max()) < 2e-7
+
+
+@pytest.mark.parametrize("prediction", ["edm", "denoised", "eps"])
+@pytest.mark.parametrize("variable", ["angle", "log_snr", "noise_level", "time"])
+def test_adams_in_every_form(prediction: str, variable: str) -> None:
+    sde = VP()
+    x, t, s = start(sde)
+    exact = flow_end_point(mixture(), sde, x, t, s)
+    solver = AdamsAdaptive(rtol=1e-7, atol=1e-7, prediction=prediction, variable=variable)
+    got, _ = run(solver, mixture().denoiser(sde), x, t, s)
+    assert float((got - exact).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("order", [2, 3, 4, 5, 6])
+def test_adams_is_of_its_order(order: int) -> None:
+    """The number of steps goes as the reciprocal of the order-th root of the tolerance, the error as the tolerance."""
+    sde = VP()
+    x, t, s = start(sde, n=16)
+    exact, _ = run(Dopri5(rtol=1e-13, atol=1e-13), mixture().denoiser(sde), x, t, s)
+    tolerances = 10.0 ** -(np.arange(4, 7, 1.0) if order < 4 else np.arange(7, 11.5, 1.0))
+    counts, errors = [], []
+    for tolerance in tolerances:
+        solver = AdamsAdaptive(rtol=float(tolerance), atol=float(tolerance), order=order)
+        got, nfe = run(solver, mixture().denoiser(sde), x, t, s)
+        counts.append((float(tolerance), float(nfe.double().mean())))
+        errors.append((float(tolerance), float((got - exact).norm())))
+    # the steps that it takes to reach the order blur the count
+    assert slope(counts) == pytest.approx(-1 / order, rel=0.25)
+    assert slope(errors) == pytest.approx(1.0, abs=0.2)
+
+
+@pytest.mark.parametrize("sde", [VP(), VE(), EDM()], ids=["vp", "ve", "edm"])
+def test_adams_takes_fewer_evaluations_than_dormand_and_prince(sde: SDE) -> None:
+    """At the default tolerance, over the whole range, for the errors that the tolerance allows."""
+    x = sde.prior_std * normal(16, 2, seed=3)
+    denoiser = mixture().denoiser(sde)
+    exact, _ = run(Dopri5(rtol=1e-12, atol=1e-12), denoiser, x, sde.T, sde.t_min_sampling)
+    results = {cls: run(cls(), denoiser, x, sde.T, sde.t_min_sampling) for cls in (AdamsAdaptive, Dopri5)}
+    assert float(results[AdamsAdaptive][1].max()) < 0.75 * 6 * float(results[Dopri5][1].max())
+    assert all(float((got - exact).abs().max()) < 2e-3 for got, _ in results.values())
 
 
 @pytest.mark.parametrize("sde", [VP(), VE()], ids=["vp", "ve"])

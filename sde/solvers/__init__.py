@@ -1,6 +1,7 @@
 """Solvers: ways from noise to data. `SOLVERS` names them; each has a file here and one in `conf/solver/`."""
 
 from sde.solvers.adams import Adams
+from sde.solvers.adams_adaptive import AdamsAdaptive
 from sde.solvers.adaptive_sde import AdaptiveSDE
 from sde.solvers.ancestral import Ancestral, DPMpp2SAncestral, EulerAncestral, ReverseDiffusion
 from sde.solvers.base import SOLVERS, Callback, Solution, Solver, State, register
@@ -32,6 +33,7 @@ __all__ = [
     "RK4",
     "SOLVERS",
     "Adams",
+    "AdamsAdaptive",
     "AdaptiveSDE",
     "Ancestral",
     "AnnealedLangevin",

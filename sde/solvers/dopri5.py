@@ -1,19 +1,13 @@
 r"""The probability-flow ODE by Dormand and Prince's adaptive method, on the device and for each sample by itself.
 
-With u = sigma / alpha and y = x / alpha the flow is dy/du = eps. `sde.solvers.levels` explains the three forms in which
-a part of it is solved exactly; the default integrates EDM's, in the angle phi = arctan(u / s) with s = sigma_data:
-
-    Y = y / r,  r = sqrt(1 + (u / s)^2),    dY/dphi = s r (eps - u y / (u^2 + s^2))
-
-whose right-hand side is EDM's F, of order one at all noise levels and zero for Gaussian data of standard deviation s.
-An error in Y reaches the data as it is, if they are Gaussian, so that tolerances are in units of the data.
+`sde.solvers.flow_steps` has the form of the flow that is integrated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,18 +19,15 @@ from sde.reverse import ReverseProcess
 from sde.solvers.adaptive import (
     PID,
     AdaptiveSolver,
-    Clock,
     Draw,
     States,
     Stepper,
     Trial,
     check_tolerances,
     check_variable,
-    coarse,
-    rms,
-    rounding,
 )
 from sde.solvers.base import register
+from sde.solvers.flow_steps import Field, FlowStepper
 from sde.solvers.levels import PREDICTIONS
 
 # Dormand and Prince (1980), table 2: stages, weights of order 5, and those minus the ones of order 4
@@ -121,81 +112,13 @@ class Dopri5(AdaptiveSolver):
         return DormandPrince(self, sde, first, last, like)
 
 
-class _Field(NamedTuple):
-    """dY by d place = on_output m + on_state Y with m the network's answer at x = scale Y and time t; shape (n,)."""
-
-    t: Tensor
-    scale: Tensor
-    on_output: Tensor
-    on_state: Tensor
-
-
-class DormandPrince:
+class DormandPrince(FlowStepper):
     """The stepper. Its states are Y and dY by d place there, the step's first stage."""
 
     evaluations = 6
 
     def __init__(self, options: Dopri5, sde: SDE, first: float, last: float, like: Tensor) -> None:
-        self.options, self.sde = options, sde
-        self.clock = Clock(sde, options.variable, options.sigma_data, first, last)
-        self.place, self.time = self.clock.place, self.clock.time
-        self.start, self.end = self.place(first), self.place(last)
-        self.controller = options.controller
-        self.rtol, self.atol = rounding(options.rtol, like), rounding(options.atol, like)
-        self.output = "denoised" if options.prediction == "denoised" else "eps"
-
-    def scale(self, u: Tensor) -> Tensor:
-        """r(u), in which Y = y / r."""
-        if self.options.prediction == "edm":
-            return torch.sqrt(1 + (u / self.options.sigma_data) ** 2)
-        return u if self.options.prediction == "denoised" else torch.ones_like(u)
-
-    def field(self, place: Tensor) -> _Field:
-        """The ODE at `place` (n,)."""
-        u, t = self.clock.noise_level(place), self.time(place)
-        r, rate = self.scale(u), self.clock.rate(place, u)
-        on_state = torch.zeros_like(u)
-        if self.options.prediction == "edm":
-            on_state = -rate * u / (u**2 + self.options.sigma_data**2)
-        on_output = -rate / u**2 if self.options.prediction == "denoised" else rate / r
-        return _Field(t, self.sde.alpha(t) * r, on_output, on_state)
-
-    def slope(self, process: ReverseProcess, y: Tensor, at: _Field) -> Tensor:
-        """dY by d place, one evaluation."""
-        scale, on_output, on_state = (expand(c.to(y.dtype), y) for c in at[1:])
-        x = scale * y
-        answer = process.denoised(x, at.t) if self.output == "denoised" else process.eps(x, at.t)
-        slope = on_output * answer
-        return slope if self.options.prediction != "edm" else slope.add_(on_state * y)
-
-    def error(self, change: Tensor, y: Tensor, place: Tensor) -> Tensor:
-        """(b,): a change of `y` at `place`, over the tolerance, in units of the data."""
-        u = self.clock.noise_level(place)
-        unit = self.scale(u) / torch.sqrt(1 + (u / self.options.sigma_data) ** 2)
-        tolerance = self.rtol * y.abs() + expand((self.atol / unit).to(y.dtype), y)
-        return rms(change / tolerance)
-
-    def begin(self, process: ReverseProcess, x: Tensor) -> tuple[States, Tensor]:
-        """The first step by Hairer, Norsett and Wanner, II.4: explicit Euler's error, from a small step of it."""
-        place = torch.full((len(x),), self.start, dtype=torch.float64, device=x.device)
-        at = self.field(place)
-        y = x / expand(at.scale.to(x.dtype), x)
-        slope = self.slope(process, y, at)
-        left = abs(self.end - self.start)
-        size, speed = (self.error(value, y, place) for value in (y, slope))
-        tiny = (size < 1e-5) | (speed < 1e-5)
-        h = torch.where(tiny, 1e-6 * left, 0.01 * size / speed).clamp_max(left)
-        sign = 1.0 if self.end > self.start else -1.0
-        guess = y + expand((sign * h).to(y.dtype), y) * slope
-        bend = self.error(self.slope(process, guess, self.field(place + sign * h)) - slope, y, place) / h
-        most = torch.maximum(speed, bend)
-        longer = torch.where(
-            most <= 1e-15, (1e-3 * h).clamp_min(1e-6 * left), (0.01 / most) ** (1 / self.options.order)
-        )
-        return (y, slope), coarse(torch.minimum(100 * h, longer))
-
-    def limit(self, place: Tensor, step: Tensor) -> Tensor:
-        return step
+        super().__init__(options, sde, first, last, like, options.order)
 
     def attempt(
         self, process: ReverseProcess, states: States, place: Tensor, step: Tensor, last: Tensor, draw: Draw
@@ -206,7 +129,7 @@ class DormandPrince:
         slopes = [slope]
         for row, at in zip(_A, zip(*(c.view(len(_C), -1) for c in stages), strict=True), strict=True):
             ahead = torch.addcmul(y, h, combine(row, slopes))
-            slopes.append(self.slope(process, ahead, _Field(*at)))
+            slopes.append(self.slope(process, ahead, Field(*at)))
         # the tolerance is that of the larger of both ends
         error = self.error(h * combine(_E, slopes), torch.maximum(y.abs(), ahead.abs()), place + step)
         self.slopes = slopes
@@ -223,9 +146,6 @@ class DormandPrince:
         inner = skew + rest * h * combine(_D, self.slopes)
         found = y + share * (rise + rest * (bulge + share * inner))
         return self.x((found,), torch.full_like(place, where))
-
-    def x(self, states: States, place: Tensor) -> Tensor:
-        return expand(self.field(place).scale.to(states[0].dtype), states[0]) * states[0]
 
 
 def combine(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
