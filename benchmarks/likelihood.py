@@ -180,6 +180,7 @@ def methods(tolerances: Sequence[float], steps: Sequence[int], stepping: Sequenc
         options: dict[str, Any] = {"rtol": tolerance, "atol": tolerance}
         found.append(Method("original", setting, partial(Case.original, tolerance=tolerance), base))
         for name, solver in (
+            ("adams_adaptive", SOLVERS.get("adams_adaptive")(**options)),
             ("dopri5", SOLVERS.get("dopri5")(**options)),
             ("ode", SOLVERS.get("ode")(**options)),
             ("ode, jointly", SOLVERS.get("ode")(per_sample=False, **options)),
@@ -324,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sdes", nargs="+", default=["vp", "ve"], metavar="NAME", help="processes of the targets")
     parser.add_argument("--run", metavar="RUN", help="the folder of a trained run, which is measured too")
     parser.add_argument("--tolerances", type=float, nargs="+", default=[1e-5, 1e-4, 1e-3])
-    parser.add_argument("--steps", type=int, nargs="*", default=[20, 50], help="of solvers with a fixed number")
+    parser.add_argument("--steps", type=int, nargs="*", default=[50, 100], help="of solvers with a fixed number")
     parser.add_argument("--batch", type=int, default=8, help="examples")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)

@@ -383,7 +383,7 @@ def test_the_benchmark_of_weightings_runs(
         return SimpleNamespace(returncode=command("sde.train", *words[3:], folder=tmp_path).code)
 
     monkeypatch.setattr(likelihood_weighting, "subprocess", SimpleNamespace(run=run))
-    monkeypatch.setattr(likelihood_weighting, "SOLVER", Dopri5(rtol=0.05, atol=0.05))
+    monkeypatch.setattr(likelihood_weighting, "SOLVER_STEPS", 8)
     pixels = torch.randint(256, (24, 10, 10), generator=generator(0)).byte().numpy()
     np.savez(tmp_path / "pictures.npz", x_train=pixels[:16], x_test=pixels[16:])
     arguments = ["--data", str(tmp_path / "pictures.npz"), "--out", str(tmp_path / "out"), "--examples", "4"]
