@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sde.cli import group_file, run_command
+from sde.commands import check_settings, chosen_grid, class_labels, new_folder, open_model
 from sde.config import build
 from sde.data import DataInfo
 from sde.denoiser import AbstractDenoiser
@@ -29,7 +30,6 @@ from sde.files import write_json, write_text
 from sde.grids import Grid
 from sde.pictures import Curve, save_curves, save_panels, save_rows
 from sde.progress import progress_bar
-from sde.sample import check_settings, chosen_grid, class_labels, new_folder, open_model
 from sde.sampling import Plan, count_evaluations, denoised_at_the_end, draw, make_times, times_within
 from sde.solvers import Solver
 

@@ -18,12 +18,25 @@ import torch
 from torch import Tensor
 
 from sde.cli import run_command
+from sde.commands import (
+    Model,
+    carry_all,
+    check_finite,
+    check_settings,
+    chosen_grid,
+    class_labels,
+    condition,
+    describe_way,
+    new_folder,
+    open_model,
+    whole_folder,
+    write_samples,
+)
 from sde.config import build
 from sde.data import DataInfo
 from sde.density import decode, times_to_noise
 from sde.density.flow import dtype_of
 from sde.devices import autocast, pick_device
-from sde.encode import carry_all, check_finite, condition, describe_way, whole_folder
 from sde.errors import UserError, check_choice, check_number
 from sde.files import write_json
 from sde.grids import Grid
@@ -31,7 +44,6 @@ from sde.latents import INTERPOLATIONS, Carry, Latents, Progress, check_fit, in_
 from sde.pictures import Path2D, save_grid, save_panels, save_paths, save_rows, save_scatter
 from sde.randomness import MASK, SampleNoise
 from sde.reverse import ReverseProcess
-from sde.sample import Model, check_settings, chosen_grid, class_labels, new_folder, open_model, write_samples
 from sde.sampling import denoised_at_the_end, make_times
 from sde.solvers import SOLVERS, Solver
 

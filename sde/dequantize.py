@@ -1,7 +1,6 @@
 """`python -m sde.dequantize`: train a variational dequantizer for the score model of a run, into RUN/dequantizer/.
 
-What it learns and why is in `sde.density.dequantizer`, how in `sde.training.dequantization`. Other commands read it
-with `load_dequantizer`.
+What it learns and why is in `sde.density.dequantizer`; how, and how others read it, in `sde.training.dequantization`.
 """
 
 from __future__ import annotations
@@ -14,15 +13,15 @@ from typing import Any, TypeVar, get_type_hints
 
 import torch
 
-from sde.cli import Interrupted, run_command, task_overrides
+from sde.cli import Interrupted, add_data_overrides, run_command, task_overrides
+from sde.commands import Model, open_model, run_dataset
 from sde.config import build, conform
-from sde.data import DataInfo, Dataset
+from sde.data import Dataset
 from sde.density.dequantizer import Dequantizer, DequantizerOptions
 from sde.density.quantization import Quantization
 from sde.devices import PRECISIONS, pick_device
 from sde.errors import UserError, check_choice, check_flag, suggest
 from sde.runs import Run
-from sde.sample import Model, open_model
 from sde.training.batches import Batches
 from sde.training.checkpoint import Checkpoint, list_checkpoints, prune_checkpoints, save_checkpoint
 from sde.training.dequantization import (
@@ -32,15 +31,12 @@ from sde.training.dequantization import (
     GainValidation,
     Objective,
     fit_dequantizer,
-    load_dequantizer,
     newest_dequantizer,
     restore_dequantizer,
 )
 from sde.training.ema import EMA
 from sde.training.logging import MetricsFile, read_metrics
 from sde.training.stopping import StopRequest
-
-__all__ = ["dequantize", "load_dequantizer", "main"]
 
 KEPT = ("flow", "training", "optimizer")  # settings that belong to a dequantizer and not to one command
 
@@ -49,14 +45,8 @@ Options = TypeVar("Options", DequantizerOptions, DequantizationOptions)
 
 def main() -> None:
     """Entry point of the command line."""
-    sys.argv[1:] = [_adding(word) for word in sys.argv[1:]]
+    add_data_overrides()
     run_command("dequantize", dequantize)
-
-
-def _adding(word: str) -> str:
-    """An override of the data as one that adds: the data set is the run's, and Hydra has none to override."""
-    bare = word.lstrip("+")
-    return f"+{bare}" if bare.startswith("data=") else f"++{bare}" if bare.startswith("data.") else word
 
 
 def dequantize(config: dict[str, Any]) -> None:
@@ -184,32 +174,6 @@ def options_of(cls: type[Options], node: Any, group: str) -> Options:
             f"{group}.{unknown[0]} is not an option: there are {', '.join(hints)}{suggest(unknown[0], hints)}"
         )
     return cls(**{str(name): conform(f"{group}.{name}", value, hints[name]) for name, value in node.items()})
-
-
-def run_dataset(model: Model, changes: Mapping[str, Any]) -> Dataset:
-    """The data set of a run, with `changes` to its options, or another one when they name it.
-
-    Raises:
-        UserError: when the run does not say which it is, or it does not look as the network expects it.
-    """
-    own = dict(model.checkpoint.content["config"].get("data") or {})
-    node = dict(changes) if "_target_" in changes else {**own, **changes}
-    if "_target_" not in node:
-        raise UserError(f"run={model.run.path} does not say where its pictures are: name the data set, as data=cifar10")
-    dataset: Dataset = build(node, "data")
-    check_same_facts(dataset.info, model.info, bool(getattr(model.denoiser.network, "num_classes", 0)))
-    return dataset
-
-
-def check_same_facts(found: DataInfo, wanted: DataInfo, labeled: bool) -> None:
-    """Raise `UserError` unless the data `found` look as the network was trained to see them."""
-    for name in ("kind", "shape", "low", "high", *(["num_classes"] if labeled else [])):
-        theirs, ours = getattr(found, name), getattr(wanted, name)
-        if theirs != ours:
-            raise UserError(
-                f"data={found.name} has {name}={theirs!r} and the run was trained with {name}={ours!r}: "
-                "give the data of the run, with data=NAME and data.OPTION=..."
-            )
 
 
 def remembered(

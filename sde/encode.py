@@ -6,33 +6,41 @@ codes, as they are written to the file, measures solver and network together.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sde.cli import Interrupted, add_data_overrides, run_command
+from sde.cli import add_data_overrides, run_command
+from sde.commands import (
+    Model,
+    carry_all,
+    check_finite,
+    check_settings,
+    chosen_grid,
+    condition,
+    describe_way,
+    new_folder,
+    open_model,
+    run_dataset,
+    whole_folder,
+)
 from sde.config import build
 from sde.data import DATASETS, DataInfo
 from sde.density import decode, encode, times_to_noise
-from sde.dequantize import run_dataset
-from sde.devices import autocast, pick_device
+from sde.devices import pick_device
 from sde.errors import UserError, check_choice, check_flag
 from sde.files import write_json
-from sde.grids import GRIDS, Grid
 from sde.latents import (
     FILE,
     Carry,
     Latents,
     Progress,
-    in_batches,
     normality,
     read_arrays,
     round_trip_error,
@@ -40,10 +48,7 @@ from sde.latents import (
     write_latents,
 )
 from sde.pictures import save_panels, save_rows
-from sde.progress import progress_bar
-from sde.sample import Model, check_settings, chosen_grid, class_labels, new_folder, open_model
-from sde.solvers import SOLVERS, Solver
-from sde.training.stopping import StopRequest
+from sde.solvers import Solver
 
 _N = 64  # of a split, unless told otherwise
 _SHOWN = 16  # pictures in a row
@@ -227,92 +232,6 @@ def read_folder(path: Path, info: DataInfo) -> tuple[Tensor, None]:
 
 
 _IMAGES = f"{DATASETS.get('images').__module__}.{DATASETS.get('images').__qualname__}"
-
-
-def condition(label: Any, found: Tensor | None, n: int, model: Model, source: str) -> Tensor | None:
-    """The classes (n,) that the network is told: those asked for, or those found beside the examples.
-
-    Raises:
-        UserError: when a class-conditional network has none, or one that it does not know.
-    """
-    known = int(getattr(model.denoiser.network, "num_classes", 0))
-    if label is not None or known == 0:
-        return class_labels(label, n, model.denoiser, model.info)
-    if found is None:
-        raise UserError(f"the run is class-conditional and {source} has no labels: give label=CLASS, or a list of them")
-    if int(found.min()) < 0 or int(found.max()) >= known:
-        raise UserError(
-            f"{source} has the labels {int(found.min())} to {int(found.max())} and the run has classes 0 to "
-            f"{known - 1}: give label=CLASS"
-        )
-    return found
-
-
-# The way
-
-
-def carry_all(
-    name: str, carry: Carry, x: Tensor, labels: Tensor | None, config: Mapping[str, Any], device: torch.device
-) -> tuple[Tensor, list[int]]:
-    """`in_batches` with a progress bar called `name`, which can be interrupted.
-
-    Raises:
-        Interrupted: when asked to stop (SIGINT, SIGTERM), between two steps.
-    """
-    with watched(name, len(x)) as progress, autocast(device, config["precision"]):
-        return in_batches(carry, x, config["batch_size"], labels, device, progress)
-
-
-@contextlib.contextmanager
-def watched(name: str, n: int) -> Iterator[Callable[[float], None]]:
-    """A bar for `n` examples; gives what to tell the share that is done."""
-    with StopRequest().listening() as stop, progress_bar(n, unit="example", desc=name, bar_format=_BAR) as bar:
-
-        def progress(share: float) -> None:
-            if stop.signal is not None:
-                raise Interrupted("interrupted; nothing was left half-written", 128 + stop.signal)
-            bar.update(share * n - bar.n)
-
-        yield progress
-
-
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
-
-
-@contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[None]:
-    """Keep a new folder for results only when all of them are in it."""
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        if folder.parent.name in ("latents", "samples"):
-            with contextlib.suppress(OSError):  # others are in it
-                folder.parent.rmdir()
-        raise
-
-
-def check_finite(x: Tensor, what: str = "latents") -> None:
-    """Raise `UserError` for codes or samples that are not finite."""
-    bad = ~torch.isfinite(x).flatten(1).all(1)
-    if bool(bad.any()):
-        raise UserError(
-            f"{int(bad.sum())} of {len(x)} {what} are not finite: the solver is not stable with these steps, so take "
-            "more of them, or solver=dopri5"
-        )
-
-
-def describe_way(solver: Solver, grid: Grid | None, times: list[float]) -> dict[str, Any]:
-    """Solver, options and grid for info.json."""
-    own = solver.default_steps is None
-    return {
-        "solver": SOLVERS.name_of(type(solver)),
-        "options": asdict(solver),  # type: ignore[call-overload]  # solvers are dataclasses
-        "grid": None if own else GRIDS.name_of(type(grid)) if grid is not None else solver.grid_name,
-        "steps": None if own else len(times) - 1,
-        "t_min": min(times),
-        "T": max(times),
-    }
 
 
 # What is shown

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from sde.cli import Interrupted, add_data_overrides, run_command
+from sde.commands import Model, chosen_grid, condition, new_folder, open_model, run_dataset
 from sde.config import build
 from sde.data import Dataset, Order, Split
 from sde.data.base import SPLITS
@@ -41,16 +42,14 @@ from sde.density.discrete import (
     from_time,
 )
 from sde.density.flow import SMALL
-from sde.dequantize import load_dequantizer, run_dataset
 from sde.devices import PRECISIONS, pick_device
-from sde.encode import condition
 from sde.errors import UserError, check_choice, check_flag, check_number
 from sde.likelihood_results import Scores, Task, describe, draw_pictures, mean_and_error, record, sentence, write_scores
 from sde.pictures import save_density
 from sde.progress import progress_bar
 from sde.randomness import sample_seed
-from sde.sample import Model, chosen_grid, new_folder, open_model
 from sde.solvers import SOLVERS, Solver
+from sde.training.dequantization import load_dequantizer
 from sde.training.logging import Logger
 from sde.training.stopping import StopRequest
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sde.commands import Model
 from sde.data import DataInfo, Split
 from sde.denoiser import AbstractDenoiser
 from sde.density import bits_per_dim, times_to_noise
@@ -23,7 +24,6 @@ from sde.errors import UserError
 from sde.files import write_json, write_text
 from sde.grids import GRIDS
 from sde.pictures import save_captioned, save_histogram, save_terms
-from sde.sample import Model
 from sde.solvers import SOLVERS
 from sde.training.logging import Logger, append_metrics
 

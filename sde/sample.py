@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sde.cli import Interrupted, run_command
+from sde.commands import (
+    BAR,
+    check_settings,
+    chosen_grid,
+    class_labels,
+    new_folder,
+    open_model,
+    write_samples,
+)
 from sde.config import build
 from sde.data import DataInfo
 from sde.denoiser import Denoiser
-from sde.devices import PRECISIONS, autocast, cast_weights, compile_network, keep_memory, pick_device
-from sde.errors import UserError, check_choice, check_flag, check_number
-from sde.files import atomic_write, write_json
+from sde.devices import autocast, pick_device
+from sde.errors import UserError, check_choice, check_flag
+from sde.files import write_json
 from sde.grids import GRIDS, Grid
 from sde.pictures import save_animation, save_grid, save_scatter, save_score_field, scatter, tile
 from sde.progress import progress_bar
-from sde.randomness import sample_seed
-from sde.runs import Run, find_run, open_checkpoint, restore_denoiser
 from sde.sampling import NOISES, Plan, denoised_at_the_end, draw, draw_batch, make_times
 from sde.solvers import SOLVERS, Solver
 from sde.training.checkpoint import Checkpoint
@@ -81,50 +86,6 @@ def sample(config: dict[str, Any]) -> None:
         print(file)
 
 
-def check_settings(config: dict[str, Any]) -> None:
-    """Check the options that all commands drawing samples have.
-
-    Raises:
-        UserError: for the first that has no meaning.
-    """
-    for name in ("n", "batch_size"):
-        if not isinstance(config[name], int) or isinstance(config[name], bool):
-            raise UserError(f"{name}={config[name]!r} must be a whole number")
-        check_number(name, config[name], at_least=1)
-    sample_seed(config["seed"], 0)
-    for name in ("ema", "denoise"):
-        check_flag(name, config[name])
-    check_choice("precision", config["precision"], PRECISIONS)
-
-
-def chosen_grid(config: dict[str, Any]) -> Grid | None:
-    """The grid that was asked for; None for each solver's own."""
-    return None if config["grid"].get("_target_") is None else build(config["grid"], "grid")
-
-
-class Model(NamedTuple):
-    """A trained model, ready to draw from, and where it comes from."""
-
-    run: Run
-    checkpoint: Checkpoint
-    denoiser: Denoiser
-    info: DataInfo
-
-
-def open_model(config: dict[str, Any], device: torch.device) -> Model:
-    """The model that `run`, `checkpoint` and `ema` name, on `device`, in the wanted precision, compiled if asked."""
-    keep_memory(device)
-    run, which = locate(config)
-    checkpoint = open_checkpoint(run, which)
-    denoiser, info = restore_denoiser(checkpoint, ema=config["ema"])
-    denoiser.to(device)
-    if len(info.shape) == 3:
-        denoiser.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    cast_weights(denoiser.network, device, config["precision"])
-    compile_network(denoiser.network, device, config["compile"])
-    return Model(run, checkpoint, denoiser, info)
-
-
 def describe(
     config: dict[str, Any],
     solver: Solver,
@@ -157,62 +118,10 @@ def describe(
     }
 
 
-def locate(config: dict[str, Any]) -> tuple[Run, str]:
-    """The run, and which of its checkpoints; a checkpoint given by its path names its run too."""
-    which = str(config["checkpoint"])
-    if which != "latest" and not which.isdigit() and config["run"] is None:
-        path = Path(which).expanduser()
-        return Run(path.parent.parent if path.parent.name == "checkpoints" else path.parent), which
-    return find_run(config["run"], Path(str(config["runs"]))), which
-
-
-def class_labels(label: Any, n: int, denoiser: Denoiser, info: DataInfo) -> Tensor | None:
-    """Labels (n,) as asked: one class, a list of classes in turn, or "all" for each class in turn.
-
-    A class is a number or one of the data's class names. A class-conditional network has to be told one, so None is
-    "all" for it; for any other network None is all there is.
-    """
-    known = int(getattr(denoiser.network, "num_classes", 0))
-    if label is None and known == 0:
-        return None
-    label = "all" if label is None else label
-    if known == 0:
-        raise UserError(f"label={label!r} needs a class-conditional run and this one is not: train conditional=true")
-    wanted: Sequence[Any] = range(known) if label == "all" else label if isinstance(label, list) else [label]
-    if not wanted:
-        raise UserError("label=[] names no class: give a class, a list of classes, or all")
-    numbers = []
-    for item in wanted:
-        if str(item) in info.class_names:
-            numbers.append(info.class_names.index(str(item)))
-        elif isinstance(item, int) and 0 <= item < known:
-            numbers.append(item)
-        else:
-            raise UserError(f"label={item!r} is not a class: it is 0 to {known - 1}, or one of the data's class names")
-    return torch.tensor([numbers[k % len(numbers)] for k in range(n)])
-
-
 def default_name(solver: Solver, plan: Plan) -> str:
     """What a folder of samples is called: after solver, steps and seed."""
     steps = "" if solver.default_steps is None else f"-{len(plan.times) - 1}"
     return f"{SOLVERS.name_of(type(solver))}{steps}-seed{plan.seed}"
-
-
-def new_folder(run: Run, out: Any, name: str, below: str = "samples") -> Path:
-    """A new folder for results: `out`, or one called `name` in the run's `below`/, with a number where that is taken.
-
-    Raises:
-        UserError: when `out` is a folder with something in it.
-    """
-    if out is not None:
-        folder = Path(str(out)).expanduser()
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"out={folder} exists and is not empty: choose a new folder")
-    else:
-        taken = [""] + [f"-{k}" for k in range(2, 10_000)]
-        folder = next(f for f in (run.path / below / (name + suffix) for suffix in taken) if not f.exists())
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def draw_all(
@@ -227,7 +136,7 @@ def draw_all(
     """
     batches: list[Tensor] = []
     nfe: list[int] = []
-    with StopRequest().listening() as stop, progress_bar(n, unit="sample", desc="sampling", bar_format=_BAR) as bar:
+    with StopRequest().listening() as stop, progress_bar(n, unit="sample", desc="sampling", bar_format=BAR) as bar:
 
         def progress(share: float) -> None:
             if stop.signal is not None:
@@ -248,19 +157,6 @@ def draw_all(
 
 class _Stopped(Exception):
     """Leaves a solver between two steps."""
-
-
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
-
-
-def write_samples(path: Path, samples: Tensor, info: DataInfo, labels: Tensor | None) -> None:
-    """samples.npz: `samples` uint8 (N, H, W, C) or float32 (N, ...), and `labels` (N,) when there are any."""
-    array = samples.permute(0, 2, 3, 1) if info.kind == "pixels" else samples
-    arrays = {"samples": np.ascontiguousarray(array.numpy())}
-    if labels is not None:
-        arrays["labels"] = labels.numpy()
-    with atomic_write(path) as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
 def draw_pictures(folder: Path, samples: Tensor, info: DataInfo, denoiser: Denoiser, plan: Plan) -> None:

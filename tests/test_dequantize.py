@@ -21,12 +21,17 @@ from sde.config import conf_dir
 from sde.data import DataInfo, Dataset, Split
 from sde.denoiser import AbstractDenoiser, GaussianDenoiser, GaussianMixtureDenoiser
 from sde.density.dequantizer import Dequantizer, DequantizerOptions, uniform
-from sde.dequantize import load_dequantizer
 from sde.errors import UserError
 from sde.processes import SDE, VP, SubVP
 from sde.training.batches import Batches
 from sde.training.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
-from sde.training.dequantization import DequantizationOptions, DequantizerTrainer, GainValidation, Objective
+from sde.training.dequantization import (
+    DequantizationOptions,
+    DequantizerTrainer,
+    GainValidation,
+    Objective,
+    load_dequantizer,
+)
 from sde.training.ema import EMA
 from tests.commands import TINY, TINY_2D, command
 from tests.problems import F64, generator, normal, sdes
