@@ -24,22 +24,12 @@ import torch
 from torch import Tensor
 
 from sde.broadcast import expand
-from sde.errors import UserError, check_choice, check_number
+from sde.errors import UserError
 from sde.processes import SDE
 from sde.reverse import ReverseProcess
-from sde.solvers.adaptive import (
-    PID,
-    AdaptiveSolver,
-    Draw,
-    States,
-    Stepper,
-    Trial,
-    check_tolerances,
-    check_variable,
-)
+from sde.solvers.adaptive import PID, AdaptiveSolver, Draw, States, Stepper, Trial
 from sde.solvers.base import register
-from sde.solvers.flow_steps import FlowStepper
-from sde.solvers.levels import PREDICTIONS
+from sde.solvers.flow_steps import FlowStepper, check_flow_options
 
 
 @register("adams_adaptive")
@@ -84,16 +74,9 @@ class AdamsAdaptive(AdaptiveSolver):
     final: str = "none"
 
     def __post_init__(self) -> None:
-        check_tolerances(self.rtol, self.atol, self.max_steps)
+        check_flow_options(self)
         if isinstance(self.order, bool) or not isinstance(self.order, int) or not 2 <= self.order <= 6:
             raise UserError(f"solver.order={self.order!r} must be a whole number from 2 to 6")
-        check_choice("solver.prediction", self.prediction, PREDICTIONS)
-        check_variable(self.variable, self.sigma_data)
-        for name in ("pcoeff", "icoeff", "dcoeff"):
-            check_number(f"solver.{name}", getattr(self, name), at_least=0)
-        check_number("solver.safety", self.safety, above=0, at_most=1)
-        check_number("solver.min_factor", self.min_factor, above=0, below=1)
-        check_number("solver.max_factor", self.max_factor, above=1)
         self.check_final()
 
     @property

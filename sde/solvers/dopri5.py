@@ -13,22 +13,11 @@ import torch
 from torch import Tensor
 
 from sde.broadcast import expand
-from sde.errors import check_choice, check_number
 from sde.processes import SDE
 from sde.reverse import ReverseProcess
-from sde.solvers.adaptive import (
-    PID,
-    AdaptiveSolver,
-    Draw,
-    States,
-    Stepper,
-    Trial,
-    check_tolerances,
-    check_variable,
-)
+from sde.solvers.adaptive import PID, AdaptiveSolver, Draw, States, Stepper, Trial
 from sde.solvers.base import register
-from sde.solvers.flow_steps import Field, FlowStepper
-from sde.solvers.levels import PREDICTIONS
+from sde.solvers.flow_steps import Field, FlowStepper, check_flow_options
 
 # Dormand and Prince (1980), table 2: stages, weights of order 5, and those minus the ones of order 4
 _C = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
@@ -93,14 +82,7 @@ class Dopri5(AdaptiveSolver):
     final: str = "none"
 
     def __post_init__(self) -> None:
-        check_tolerances(self.rtol, self.atol, self.max_steps)
-        check_choice("solver.prediction", self.prediction, PREDICTIONS)
-        check_variable(self.variable, self.sigma_data)
-        for name in ("pcoeff", "icoeff", "dcoeff"):
-            check_number(f"solver.{name}", getattr(self, name), at_least=0)
-        check_number("solver.safety", self.safety, above=0, at_most=1)
-        check_number("solver.min_factor", self.min_factor, above=0, below=1)
-        check_number("solver.max_factor", self.max_factor, above=1)
+        check_flow_options(self)
         self.check_final()
 
     @property

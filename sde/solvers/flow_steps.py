@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from sde.broadcast import expand
+from sde.errors import check_choice, check_number
 from sde.processes import SDE
 from sde.reverse import ReverseProcess
-from sde.solvers.adaptive import PID, Clock, States, coarse, rms, rounding
+from sde.solvers.adaptive import PID, Clock, States, check_tolerances, check_variable, coarse, rms, rounding
+from sde.solvers.levels import PREDICTIONS
 
 
 class FlowOptions(Protocol):
@@ -46,8 +48,25 @@ class FlowOptions(Protocol):
         """Standard deviation of the data."""
 
     @property
+    def max_steps(self) -> int:
+        """Attempts of any one sample before giving up."""
+
+    @property
     def controller(self) -> PID:
         """The controller of the step size."""
+
+
+def check_flow_options(options: FlowOptions) -> None:
+    """Raise `UserError` for options that make no sense."""
+    check_tolerances(options.rtol, options.atol, options.max_steps)
+    check_choice("solver.prediction", options.prediction, PREDICTIONS)
+    check_variable(options.variable, options.sigma_data)
+    pid = options.controller
+    for name, gain in (("pcoeff", pid.p), ("icoeff", pid.i), ("dcoeff", pid.d)):
+        check_number(f"solver.{name}", gain, at_least=0)
+    check_number("solver.safety", pid.safety, above=0, at_most=1)
+    check_number("solver.min_factor", pid.least, above=0, below=1)
+    check_number("solver.max_factor", pid.most, above=1)
 
 
 class Field(NamedTuple):
