@@ -383,7 +383,7 @@ def test_an_interrupted_command_leaves_nothing(
     module: str, arguments: list[str], number: int, code: int, point_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Asked to stop in the second batch."""
-    entry = importlib.import_module("sde.encode")
+    entry = importlib.import_module("sde.commands")
     original, batches = entry.in_batches, []
 
     def in_batches(carry: Any, *others: Any) -> Any:
