@@ -96,7 +96,7 @@ def log_prob(
         denoiser: the model, on the device of `x`.
         x: examples (B, ...) as the network sees them, of any floating type. The state is float64; the network computes
             in its own type.
-        solver: any solver of the flow (`Solver.both_ways`) without noise; None for `dopri5` at its defaults.
+        solver: any solver of the flow (`Solver.both_ways`) without noise; None for `adams_adaptive` at its defaults.
         divergence: how the trace is found; None for the exact one up to 64 dimensions and one Rademacher probe above.
         grid: where a solver with a fixed number of steps stops; None for the solver's own.
         steps: how many steps; None for the solver's own number.
@@ -113,7 +113,7 @@ def log_prob(
         UserError: for a solver that cannot go from data to noise, a grid that means nothing to it, or options of the
             divergence that do not suit the data.
     """
-    solver = SOLVERS.get("dopri5")() if solver is None else solver
+    solver = SOLVERS.get("adams_adaptive")() if solver is None else solver
     d = x[0].numel()
     if divergence is None:
         divergence = Exact() if d <= SMALL else Hutchinson()
@@ -167,7 +167,7 @@ def encode(
     Returns:
         x_T (B, ...) float64, under the model a draw of N(0, prior_std^2 I), and the evaluations it took.
     """
-    solver = SOLVERS.get("dopri5")() if solver is None else solver
+    solver = SOLVERS.get("adams_adaptive")() if solver is None else solver
     times = times_to_noise(solver, denoiser.sde, grid, steps)
     return _carry(denoiser, x, solver, times, label, progress)
 
@@ -187,7 +187,7 @@ def decode(
     Returns:
         x (B, ...) float64 at t_min, and the evaluations it took.
     """
-    solver = SOLVERS.get("dopri5")() if solver is None else solver
+    solver = SOLVERS.get("adams_adaptive")() if solver is None else solver
     times = times_to_noise(solver, denoiser.sde, grid, steps)[::-1]
     return _carry(denoiser, z, solver, times, label, progress)
 
