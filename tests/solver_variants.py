@@ -53,7 +53,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         )
     ],
     "dopri5": [{}, {"prediction": "denoised", "variable": "log_snr"}, {"prediction": "eps", "variable": "time"}],
-    "adams_adaptive": [{}, {"order": 2, "prediction": "denoised", "variable": "log_snr"}, {"order": 6}],
+    "adams_adaptive": [{}, {"order": 2, "prediction": "denoised", "variable": "log_snr"}],
     "dpm_adaptive": [{}, {"order": 2, "eta": 1.0}],
     "adaptive_sde": [{}, {"variable": "time", "max_share": 1.0}],
     # with noise on paths of its own, not in draws: tests/test_solvers_adaptive.py

@@ -17,8 +17,8 @@ dimension of the state: a = kappa alpha r l with r = sqrt(1 + (u / s)^2), which 
 
 So the longer state has an eps, and with it a denoised, a score and a v, like any other, and solvers need not know. The
 factor r makes a as large as the noise in x, so that what solves the flow of Gaussian data exactly integrates the second
-term alone; kappa = 1 / sqrt(D K) for K estimates of the trace makes an error of e nats per dimension weigh as much in a
-root-mean-square norm as an error of e in every entry of x.
+term alone; kappa = 4 / sqrt(D K) for K estimates of the trace makes an error of e nats per dimension weigh as much in a
+root-mean-square norm as an error of 4 e in every entry of x: it is the density that is asked for.
 
 The density is that of the model at t_min: data with the SDE's smallest noise, not those at t = 0. `LogProb.truncation`
 says how far the two are apart where the density is smooth.
@@ -255,7 +255,7 @@ class DensityDenoiser(AbstractDenoiser):
         self.dtype = dtype_of(denoiser)
         self.drawn = None if probes is None else probes.to(self.dtype)
         self.numel = math.prod(shape)
-        self.kappa = (self.numel * divergence.estimates) ** -0.5
+        self.kappa = 4 * (self.numel * divergence.estimates) ** -0.5
 
     def select(self, indices: Tensor) -> DensityDenoiser:
         probes = None if self.drawn is None else self.drawn[indices]

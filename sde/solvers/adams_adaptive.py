@@ -61,7 +61,7 @@ class AdamsAdaptive(AdaptiveSolver):
 
     rtol: float = 1e-5
     atol: float = 1e-5
-    order: int = 4
+    order: int = 5
     prediction: str = "edm"
     variable: str = "angle"
     sigma_data: float = 0.5
