@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,18 @@ class AbstractDenoiser(nn.Module, ABC):
     def eps_error(self, x0: Tensor, z: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """eps(x_t, t) - z at x_t = alpha x0 + sigma z: what denoising score matching makes small."""
         return self.eps(self.sde.perturb(x0, t, z), t, label) - z
+
+
+@contextmanager
+def evaluating(denoiser: AbstractDenoiser) -> Iterator[None]:
+    """The denoiser in evaluation mode: a density is one of a function, and dropout makes another one at each call."""
+    training = [module for module in denoiser.modules() if module.training]
+    denoiser.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class Denoiser(AbstractDenoiser):

@@ -13,6 +13,7 @@ seed shuffles, so that those which are done when the command is interrupted are 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import sys
 import time
@@ -22,13 +23,13 @@ from typing import Any
 
 import torch
 
-from sde.cli import Interrupted, add_data_overrides, run_command
+from sde.cli import Interrupted, add_data_overrides, run_command, task_overrides
 from sde.commands import Model, chosen_grid, condition, new_folder, open_model, run_dataset
 from sde.config import build
 from sde.data import Dataset, Order, Split
 from sde.data.base import SPLITS
 from sde.denoiser import AbstractDenoiser
-from sde.density import Divergence, Exact, Hutchinson, Quantization, times_to_noise
+from sde.density import DIVERGENCES, Divergence, Exact, Hutchinson, Quantization, times_to_noise
 from sde.density.discrete import (
     DEQUANTIZATIONS,
     ChainBound,
@@ -63,7 +64,19 @@ BOUND_OPTIONS = {
 def main() -> None:
     """Entry point of the command line."""
     add_data_overrides()
+    add_divergence()
     run_command("likelihood", likelihood)
+
+
+def add_divergence() -> None:
+    """Let divergence.probes=2 choose the estimator that has probes: the default one has no options to override."""
+    options = [w.partition("=")[0].partition(".")[2] for w in sys.argv[1:] if w.startswith("divergence.")]
+    chosen = any(word.startswith("divergence=") for word in sys.argv[1:])
+    owners = [
+        name for name, cls in DIVERGENCES.items() if options and {*options} <= {*inspect.signature(cls).parameters}
+    ]
+    if owners and not chosen:
+        sys.argv.append(f"divergence={owners[0]}")
 
 
 def likelihood(config: dict[str, Any]) -> None:
@@ -149,10 +162,18 @@ def chosen_method(config: Mapping[str, Any]) -> Method:
             raise UserError(f"bound.{option}={bound[option]} means nothing to method={name}: leave it out")
     if name != "ode" and config["steps"] is not None:
         raise UserError(f"steps={config['steps']} are those of a solver and method={name} has none: use bound.steps")
+    unused = {"continuous_bound": ("solver", "divergence", "grid"), "discrete_bound": ("solver", "divergence")}
+    for override in task_overrides():
+        if override.lstrip("+").partition("=")[0].partition(".")[0] in unused.get(name, ()):
+            raise UserError(f"{override} means nothing to method={name}, which follows no flow: leave it out")
     if name == "continuous_bound":
         return ContinuousBound() if bound["steps"] is None else ContinuousBound(bound["steps"])
     grid = chosen_grid(dict(config))
     if name == "discrete_bound":
+        if bound["subset"] is not None and bound["steps"] is not None and bound["subset"] > bound["steps"]:
+            raise UserError(
+                f"bound.subset={bound['subset']} is more than the bound.steps={bound['steps']} terms there are"
+            )
         return ChainBound(grid, **{key: bound[key] for key in ("steps", "variance", "share", "subset")})
     auto = config["divergence"].get("_target_") is None
     divergence = None if auto else build(config["divergence"], "divergence")
@@ -195,6 +216,14 @@ def make_task(config: Mapping[str, Any], model: Model, method: Method, device: t
         config["importance"],
     )
     discretization.check(method)
+    if config["importance"] and config["draws"] == 1:
+        raise UserError("importance=true weighs draws against each other and draws=1 is a single one: take draws=8")
+    exact = config["divergence"].get("_target_") is None and math.prod(info.shape) <= SMALL
+    if config["draws"] > 1 and kind == "none" and exact and isinstance(method, Flow):
+        raise UserError(
+            f"draws={config['draws']} of an exact density are all alike: leave draws out, or estimate the trace with "
+            f"divergence=hutchinson"
+        )
     denoiser = from_time(model.denoiser, chosen_time(config["t_min"], model, discretization))
     numel = math.prod(info.shape)
     if isinstance(method, Flow):
@@ -267,13 +296,14 @@ def opened_split(config: Mapping[str, Any], model: Model) -> Split:
     Raises:
         UserError: when the data are not there, do not look as the network expects them, or are none.
     """
+    options = {**(model.checkpoint.content["config"].get("data") or {}), **config["data"]}
+    place = next((name for name in ("root", "path") if name in options), None)
+    there = place is None or (options[place] is not None and Path(str(options[place])).expanduser().exists())
     try:
         dataset: Dataset = run_dataset(model, config["data"])
         split = dataset.split(config["split"])
-    except (UserError, FileNotFoundError) as error:
-        options = {**(model.checkpoint.content["config"].get("data") or {}), **config["data"]}
-        place = next((name for name in ("root", "path") if name in options), None)
-        if place is None or (options[place] is not None and Path(str(options[place])).expanduser().exists()):
+    except (UserError, OSError) as error:
+        if there:
             raise
         raise UserError(f"{error} (data that lie elsewhere: data.{place}=...)") from error
     if len(split) == 0:

@@ -314,8 +314,14 @@ def record(config: Mapping[str, Any], task: Task, folder: Path, summary: Mapping
 def sentence(summary: Mapping[str, Any]) -> str:
     """The result in a line or two."""
     spread = "" if summary["standard_error"] is None else f" +- {summary['standard_error']:.4f}"
+    wrong = ""
+    if summary["quantization"] is not None and summary["bits_per_dim"] < 0:
+        wrong = (
+            "\nwarning: no picture is more than certain, so that bits below 0 are the error of the solver's steps: "
+            "take more of them, a smaller tolerance, or solver=adams_adaptive"
+        )
     return (
         f"{summary['bits_per_dim']:.4f}{spread} bits/dim ({summary['log_prob']:.2f} nats) over {summary['n']} of "
         f"{summary['split_size']} in split={summary['split']}, {summary['seconds']:.1f} s, {summary['nfe']:.0f} "
-        f"evaluations each, from {summary['checkpoint']}\n{summary['meaning']}"
+        f"evaluations each, from {summary['checkpoint']}\n{summary['meaning']}{wrong}"
     )

@@ -145,7 +145,7 @@ class SDE(ABC):
 
     def prior_log_prob(self, z: Tensor) -> Tensor:
         """Log density in nats of `z` (B, ...) under the prior, summed over dimensions: shape (B,)."""
-        d = z[0].numel()
+        d = math.prod(z.shape[1:])
         log_norm = 0.5 * d * math.log(2 * math.pi * self.prior_std**2)
         return -0.5 * (z / self.prior_std).square().flatten(1).sum(1) - log_norm
 

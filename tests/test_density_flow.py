@@ -313,6 +313,54 @@ def test_a_network_that_is_trained_is_left_alone() -> None:
     assert all(weight.grad is None for weight in network.parameters())
 
 
+def test_dropout_is_off() -> None:
+    """A density is one of a function: a network that is being trained is asked in evaluation mode, and given back."""
+    network = _Dropping(RandomNetwork(3, dtype=torch.float32))
+    denoiser = Denoiser(network.train(), VP(), Eps(noise_label="log_sigma"))
+    x = normal(2, 3, dtype=torch.float32)
+    options: dict[str, Any] = {"solver": SOLVERS.get("heun")(), "steps": 3}
+    first, second = (log_prob(denoiser, x, **options) for _ in range(2))
+    assert torch.equal(first.log_prob, second.log_prob)
+    assert torch.equal(encode(denoiser, x, **options)[0], encode(denoiser, x, **options)[0])
+    assert network.training
+    assert network.drop.training
+
+
+class _Dropping(torch.nn.Module):
+    noise_label = "log_sigma"
+
+    def __init__(self, body: RandomNetwork) -> None:
+        super().__init__()
+        self.body, self.drop = body, torch.nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.drop(self.body(x, c_noise, label))
+
+
+def test_error_bars_of_probes_that_agree() -> None:
+    """In the plane two vectors of signs agree up to a sign half of the time, and then say nothing of their error."""
+    exact = three_modes(VP(), 2)
+    result = log_prob(exact, exact.sample(40), divergence=Hutchinson(probes=2))
+    alike = (result.estimates[:, 0] - result.estimates[:, 1]).abs() < 1e-12
+    assert 5 < int(alike.sum()) < 35
+    assert torch.equal(torch.isnan(result.standard_error), alike)
+
+
+def test_an_empty_batch_and_examples_that_are_none() -> None:
+    exact = three_modes(VP(), 2)
+    x = exact.sample(3)
+    assert log_prob(exact, x[:0]).log_prob.shape == (0,)
+    for bad, options, said in (
+        (torch.tensor([[0.0, 1.0], [torch.nan, 0.0]]), {}, "1 of 2 examples are not finite, number 1"),
+        (x, {"label": torch.tensor([1])}, r"label of shape \(1,\) does not fit 3 examples"),
+        (x, {"indices": [1, 2]}, r"indices of shape \(2,\) does not fit 3 examples"),
+        (x[0], {}, "are no batch"),
+        (x.int(), {}, "are no batch"),
+    ):
+        with pytest.raises(UserError, match=said):
+            log_prob(exact, bad, **options)  # type: ignore[arg-type]
+
+
 def test_times_to_noise() -> None:
     for sde in all_sdes().values():
         for name, cls in SOLVERS.items():

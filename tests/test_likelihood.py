@@ -420,6 +420,12 @@ PIXELS = [
     (["t_min=1e-9"], ["t_min=1e-09", "at least 1e-05"]),
     (["t_min=early"], ["t_min='early' is not a number"]),
     (["importance=true", "method=continuous_bound", "bound.steps=2"], ["importance=true", "method=ode"]),
+    (["importance=true"], ["importance=true", "take draws=8"]),
+    (["method=continuous_bound", "solver=heun"], ["solver=heun means nothing to method=continuous_bound"]),
+    (["method=continuous_bound", "grid=edm"], ["grid=edm means nothing"]),
+    (["method=discrete_bound", "bound.steps=2", "divergence=exact"], ["divergence=exact means nothing"]),
+    (["method=discrete_bound", "bound.steps=2", "bound.subset=3"], ["bound.subset=3 is more than the bound.steps=2"]),
+    (["data.root=nowhere", "data=mnist"], ["data.root=..."]),
     (["decoder=softmax"], ["decoder=softmax", "dequantization=decoder"]),
     (["dequantization=decoder", "decoder=logistic"], ["decoder='logistic'", "gaussian, softmax"]),
     (["dequantization=decoder", "decoder=softmax", "decoder_std=1"], ["decoder_std=1"]),
@@ -440,6 +446,7 @@ PIXELS = [
 POINTS = [
     (["dequantization=uniform"], ["dequantization=uniform is for pixels", "vectors"]),
     (["importance=true"], ["importance=true weighs draws"]),
+    (["draws=3"], ["draws=3 of an exact density are all alike"]),
     (["density_side=1"], ["density_side=1"]),
     (["label=1"], ["label=1", "conditional=true"]),
 ]

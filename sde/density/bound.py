@@ -47,7 +47,7 @@ import torch
 from torch import Tensor
 
 from sde.broadcast import expand
-from sde.denoiser import AbstractDenoiser
+from sde.denoiser import AbstractDenoiser, evaluating
 from sde.density.quantization import Quantization
 from sde.errors import UserError, check_choice, check_number
 from sde.processes import SDE
@@ -136,7 +136,7 @@ class Decoder:
         std = u if self.std is None else torch.full_like(u, self.std)
         error = denoiser.eps_error(x0, z, t, label).double()
         if levels is None:
-            log_norm = 0.5 * x0[0].numel() * torch.log(2 * math.pi * std**2)
+            log_norm = 0.5 * math.prod(x0.shape[1:]) * torch.log(2 * math.pi * std**2)
             return 0.5 * (u / std) ** 2 * error.square().flatten(1).sum(1) + log_norm
         # denoised = x0 - u e, in which x0 keeps its digits
         return -levels.log_mass(x0, x0.double() - expand(u, x0) * error, std)
@@ -148,7 +148,7 @@ def prior_term(sde: SDE, x0: Tensor, t: float | None = None) -> Tensor:
     alpha, log_ratio = float(sde.alpha(t)), 2 * math.log(float(sde.sigma(t)) / sde.prior_std)
     square = x0.double().square().flatten(1).sum(1)
     excess = math.expm1(log_ratio) - log_ratio
-    return 0.5 * ((alpha / sde.prior_std) ** 2 * square + x0[0].numel() * excess)
+    return 0.5 * ((alpha / sde.prior_std) ** 2 * square + math.prod(x0.shape[1:]) * excess)
 
 
 def integrand(denoiser: AbstractDenoiser, x0: Tensor, z: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
@@ -227,6 +227,8 @@ def discrete_bound(
     end = Decoder(decoder, decoder_std, quantization)
     steps = len(gain)
     count = steps if subset is None else _check_count("subset", subset)
+    if count > steps:
+        raise UserError(f"subset={count} is more than the {steps} terms of the chain: leave it out for all of them")
     run = _Run(denoiser, x0, label, seed, indices, count)
     at, weight = grid[1:].to(x0.device), 2 * gain.to(x0.device)
     total, below = weight.sum(), torch.cumsum(gain / gain.sum(), 0)[:-1].to(x0.device)
@@ -237,8 +239,9 @@ def discrete_bound(
         chosen = torch.bucketize(run.strata(), below)
         return _Plan(at[chosen], (total / count).expand(count), chosen)
 
-    bound = run.estimate(plan, end, float(grid[0]), grid[1:], draws, callback)
-    return replace(bound, terms=bound.terms + x0[0].numel() * constant.to(x0.device))
+    with evaluating(denoiser):
+        bound = run.estimate(plan, end, float(grid[0]), grid[1:], draws, callback)
+    return replace(bound, terms=bound.terms + math.prod(x0.shape[1:]) * constant.to(x0.device))
 
 
 def continuous_bound(
@@ -292,7 +295,8 @@ def continuous_bound(
 
     edges = quantile(sde, torch.arange(1, points + 1, dtype=torch.float64) / points, low, high)
     edges[-1] = high  # not a rounding below
-    return run.estimate(plan, end, low, edges, draws, callback)
+    with evaluating(denoiser):
+        return run.estimate(plan, end, low, edges, draws, callback)
 
 
 class _Plan(NamedTuple):

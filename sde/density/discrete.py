@@ -70,7 +70,7 @@ class Examples:
     @property
     def numel(self) -> int:
         """D."""
-        return self.x[0].numel()
+        return math.prod(self.x.shape[1:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -346,14 +346,20 @@ class Discretization:
             }.get(self.kind, f"-log2 P(pixels) / D, P the mass of the {chain}'s density in the pixels' buckets")
             return f"upper bound, in expectation over all draws, on {what}"
         if self.kind == "none":
-            return "-log2 p(x) / D, p the density of the probability-flow ODE at the smallest time: no bound"
+            return (
+                "-log2 p(x) / D, p the density of the probability-flow ODE at the smallest time: no bound, and right "
+                "up to the error of the solver's steps"
+            )
         weighted = f" (importance-weighted, {self.draws} draws)" if self.importance else ""
         what = {
             "decoder": "the probability-flow ODE draws x_t and the decoder the pixels",
         }.get(self.kind, "P the mass of the probability-flow ODE's density in the pixels' buckets")
         estimated = self.importance and method.estimates_traces
         limits = "; as far as the error of estimated traces is the same in all draws of a picture" if estimated else ""
-        return f"upper bound{weighted}, in expectation over the draws, on -log2 P(pixels) / D, {what}{limits}"
+        return (
+            f"upper bound{weighted}, in expectation over the draws and up to the error of the solver's steps, on "
+            f"-log2 P(pixels) / D, {what}{limits}"
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,9 @@ that gives eps, so that value and divergence cost one forward pass together.
 
 What is estimated is the trace of J - c I for a number c that the caller knows, to which c D is added: for probes of
 random length the identity in J would be all of their variance. Each estimator draws its probes once per example and
-keeps them along the whole path, so that what it estimates is a smooth function of time and the mean over the probes
-has an error that their spread tells. In expectation all are exact.
+keeps them along the whole path, so that the mean over the probes has an error that their spread tells, and what is
+estimated is as smooth in time as J; but for the subspace of `hutchpp`, which may turn suddenly. In expectation all are
+exact.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class Exact(Divergence):
         return 1 if self.chunk is None or self.mode == "reverse" else math.ceil(numel / self.chunk)
 
     def __call__(self, field: Field, x: Tensor, probes: Tensor | None, shift: Tensor) -> tuple[Tensor, Tensor]:
-        d = x[0].numel()
+        d = math.prod(x.shape[1:])
         if self.mode == "reverse":
             value, product = _pull_back(field, x)
             flat = torch.eye(d, dtype=x.dtype, device=x.device)
@@ -177,7 +178,9 @@ class HutchPlusPlus(Divergence):
 
     Its error falls with the reciprocal of the number of products, and at once where J is a few directions beside a
     multiple of the identity; Hutchinson's falls with the square root. One forward and 3 `rank` backward passes. All
-    estimates of an example share the subspace, so its error bar is that of the rest.
+    estimates of an example share the subspace, so its error bar is that of the rest. The subspace turns suddenly where
+    the sketch is close to losing a dimension, which solvers with an error control pay for with short steps: take one
+    with a grid, such as `adams`.
 
     Args:
         rank: dimensions of the subspace, and number of probes on the rest; at most the dimension of the data.

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from sde.broadcast import Time, as_tensor, expand
-from sde.denoiser import AbstractDenoiser, Evaluation
+from sde.denoiser import AbstractDenoiser, Evaluation, evaluating
 from sde.density.divergence import Divergence, Exact, Hutchinson
 from sde.errors import UserError
 from sde.grids import GRIDS, Grid
@@ -55,8 +55,8 @@ class LogProb:
     Attributes:
         log_prob: log p_{t_min}(x) in nats, (B,) float64: the mean of `estimates`.
         estimates: (B, K), one for each probe; K = 1 for the exact trace.
-        standard_error: of `log_prob` in nats, (B,): of the trace alone, from the spread of the estimates. 0 for the
-            exact trace, NaN for a single probe, which has no spread.
+        standard_error: of `log_prob` in nats, (B,): of the trace alone, from the spread of the estimates, and as rough
+            as a spread of K numbers is. 0 for the exact trace, NaN for a single probe or probes that are all alike.
         latent: x_T (B, ...) float64, the point of the prior that the flow leads to.
         prior: log prior(x_T) in nats, (B,).
         truncation: log p_0(x) - log p_{t_min}(x) in nats, (B,), to first order in the noise level at t_min; p_0 is the
@@ -93,7 +93,7 @@ def log_prob(
     """The log-density of the model at `x`, by the probability-flow ODE.
 
     Args:
-        denoiser: the model, on the device of `x`.
+        denoiser: the model, on the device of `x`; it is asked in evaluation mode.
         x: examples (B, ...) as the network sees them, of any floating type. The state is float64; the network computes
             in its own type.
         solver: any solver of the flow (`Solver.both_ways`) without noise; None for `adams_adaptive` at its defaults.
@@ -110,11 +110,12 @@ def log_prob(
         progress: told of the progress.
 
     Raises:
-        UserError: for a solver that cannot go from data to noise, a grid that means nothing to it, or options of the
-            divergence that do not suit the data.
+        UserError: for a solver that cannot go from data to noise, a grid that means nothing to it, options of the
+            divergence that do not suit the data, or examples that are not finite.
     """
     solver = SOLVERS.get("adams_adaptive")() if solver is None else solver
-    d = x[0].numel()
+    check_examples(x, label, indices)
+    d = math.prod(x.shape[1:])
     if divergence is None:
         divergence = Exact() if d <= SMALL else Hutchinson()
     divergence.check(d)
@@ -129,8 +130,9 @@ def log_prob(
     sde, times = denoiser.sde, times_to_noise(solver, denoiser.sde, grid, steps)
     field = DensityDenoiser(denoiser, divergence, probes, tuple(x.shape[1:]), sigma_data)
     process = ReverseProcess(field, label)
-    first = process.eps(field.join(x), times[0]) if truncation else None
-    solution = solver.solve(process, field.join(x), times, callback=_telling(progress, solver, times))
+    with evaluating(denoiser):
+        first = process.eps(field.join(x), times[0]) if truncation else None
+        solution = solver.solve(process, field.join(x), times, callback=_telling(progress, solver, times))
     latent, added = field.split(solution.x)
     change = added / field.scale(times[-1])
     u = sde.noise_level(torch.tensor([times[0], times[-1]], dtype=torch.float64))
@@ -201,8 +203,26 @@ def _carry(
     progress: Progress | None,
 ) -> tuple[Tensor, int]:
     process = ReverseProcess(_InDouble(denoiser), label)
-    solution = solver.solve(process, x.double(), times, callback=_telling(progress, solver, times))
+    check_examples(x, label)
+    with evaluating(denoiser):
+        solution = solver.solve(process, x.double(), times, callback=_telling(progress, solver, times))
     return solution.x, solution.nfe
+
+
+def check_examples(x: Tensor, label: Tensor | None, indices: Sequence[int] | None = None) -> None:
+    """Raise `UserError` unless `x` is a batch of finite examples, and labels and numbers are one for each."""
+    if x.ndim < 2 or not x.is_floating_point():
+        raise UserError(
+            f"examples of shape {tuple(x.shape)} and type {x.dtype} are no batch: give (B, ...) of a floating type"
+        )
+    for name, given in (("label", label), ("indices", indices)):
+        shape = None if given is None else tuple(given.shape) if isinstance(given, Tensor) else (len(given),)
+        if shape is not None and shape != (len(x),):
+            raise UserError(f"{name} of shape {shape} does not fit {len(x)} examples: give one for each")
+    finite = torch.isfinite(x).flatten(1).all(1)
+    if not bool(finite.all()):
+        first = int((~finite).int().argmax())
+        raise UserError(f"{int((~finite).sum())} of {len(x)} examples are not finite, number {first} the first of them")
 
 
 def times_to_noise(solver: Solver, sde: SDE, grid: Grid | None = None, steps: int | None = None) -> list[float]:
@@ -350,7 +370,12 @@ def _standard_error(estimates: Tensor, divergence: Divergence) -> Tensor:
     if divergence.vectors == 0:
         return torch.zeros_like(estimates[:, 0])
     k = estimates.shape[1]
-    return estimates.std(1) / math.sqrt(k) if k > 1 else torch.full_like(estimates[:, 0], math.nan)
+    if k == 1:
+        return torch.full_like(estimates[:, 0], math.nan)
+    error = estimates.std(1) / math.sqrt(k)
+    # probes that agree up to a sign, half of all pairs in the plane, say nothing about each other
+    alike = error <= 1e-12 * estimates.abs().amax(1)
+    return torch.where(alike, math.nan, error)
 
 
 def _truncation(field: DensityDenoiser, x: Tensor, joint: Tensor, t: float) -> Tensor:
