@@ -62,7 +62,7 @@ NETWORK = [
 ]
 MEASURES = ("ODE", "bound")
 STRATA = 16
-SOLVER, SOLVER_STEPS = Adams(), 100  # within 0.001 bits per dimension of tight tolerances on such networks
+SOLVER, SOLVER_STEPS = Adams(), 100  # about 0.001 bits per dimension from tight tolerances
 SEED = 0  # of the pictures that are measured, their noise and the probes
 
 
