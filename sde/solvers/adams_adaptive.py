@@ -39,9 +39,9 @@ class AdamsAdaptive(AdaptiveSolver):
 
     Order `order`; one evaluation an attempted step, and two to begin. The number of steps follows from the tolerances;
     `steps` plays no part. At the same tolerance it takes half to two thirds of the evaluations of `dopri5`, on exact
-    scores as on networks; with exact scores it leaves up to ten times its error, for it takes more steps, each within
-    the tolerance. What likelihoods and latent codes are computed with by default. For tolerances below 1e-6 raise `order`,
-    or take `dopri5`.
+    scores as on networks; with exact scores it leaves up to about ten times its error, for it takes more steps, each
+    within the tolerance. What likelihoods and latent codes are computed with by default. For tolerances below 1e-6
+    raise `order`, or take `dopri5`.
 
     Args:
         rtol: relative tolerance of a step; ten roundings of the data's type at least.
