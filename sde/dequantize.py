@@ -35,7 +35,7 @@ from sde.training.dequantization import (
     restore_dequantizer,
 )
 from sde.training.ema import EMA
-from sde.training.logging import MetricsFile, read_metrics
+from sde.training.metrics import MetricsFile, read_metrics
 from sde.training.stopping import StopRequest
 
 KEPT = ("flow", "training", "optimizer")  # settings that belong to a dequantizer and not to one command

@@ -25,7 +25,8 @@ from sde.files import write_json, write_text
 from sde.grids import GRIDS
 from sde.pictures import save_captioned, save_histogram, save_terms
 from sde.solvers import SOLVERS
-from sde.training.logging import Logger, append_metrics
+from sde.training.logging import Logger
+from sde.training.metrics import append_metrics
 
 _SHOWN = 10  # pictures in a row of the best and the worst
 

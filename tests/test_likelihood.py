@@ -21,7 +21,7 @@ from sde.data import Split
 from sde.likelihood import mean_and_error
 from sde.runs import Run
 from sde.training.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
-from sde.training.logging import MetricsFile, append_metrics, read_metrics
+from sde.training.metrics import MetricsFile, append_metrics, read_metrics
 from tests.commands import TINY, TINY_2D, Answer, command
 from tests.test_logging import install
 

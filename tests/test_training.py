@@ -33,8 +33,8 @@ from sde.training.checkpoint import (
     save_checkpoint,
 )
 from sde.training.ema import EMA
-from sde.training.logging import MetricsFile, read_metrics
 from sde.training.loop import Trainer
+from sde.training.metrics import MetricsFile, read_metrics
 from sde.training.options import TrainingOptions
 from sde.training.validation import Validation
 from tests.commands import TINY, TINY_2D, command

@@ -11,11 +11,8 @@ an axis of their own, evaluation/step.
 from __future__ import annotations
 
 import importlib.util
-import json
-import math
 import os
 import sys
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +20,7 @@ from typing import Any, ClassVar
 
 from sde.errors import UserError, check_choice
 from sde.registry import Registry
+from sde.training.metrics import MetricsFile, append_metrics, read_metrics  # noqa: F401
 
 LOGGERS: Registry[Logger] = Registry("logger")
 register = LOGGERS.register
@@ -51,81 +49,16 @@ class Logger(ABC):
         """A picture file at a step."""
 
     @abstractmethod
+    def animation(self, step: int, name: str, path: Path) -> None:
+        """An animated picture file (GIF) at a step."""
+
+    @abstractmethod
     def evaluation(self, step: int, metrics: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
         """Numbers and picture files about the checkpoint of a step, at any time after it."""
 
     @abstractmethod
     def finish(self, code: int) -> None:
         """The run has ended with exit code `code`."""
-
-
-class MetricsFile:
-    """metrics.jsonl of a run.
-
-    Args:
-        path: the file; made when it does not exist.
-        step: step from which the run goes on: later lines, of work that is done again, are dropped.
-    """
-
-    def __init__(self, path: Path, step: int = 0) -> None:
-        self._start = time.monotonic()
-        self._before = 0.0
-        kept = [line for line in read_metrics(path) if line["step"] <= step] if path.exists() and step else []
-        if kept:
-            self._before = max(float(line.get("seconds") or 0.0) for line in kept)
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text)
-        temporary.replace(path)
-        self._file = path.open("a")
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one line; numbers that JSON lacks are written as null."""
-        seconds = round(self._before + time.monotonic() - self._start, 3)
-        self._file.write(json.dumps({"step": step, "seconds": seconds, **_finite(metrics)}) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Sync and close the file."""
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-
-def append_metrics(path: Path, step: int, metrics: Mapping[str, float], notes: Mapping[str, str] | None = None) -> None:
-    """Add a line to a metrics.jsonl, whole and in one write: a training that has the file open may go on writing it.
-
-    Args:
-        path: the file.
-        step: that the numbers belong to.
-        metrics: numbers; those that JSON lacks are written as null.
-        notes: words beside them.
-    """
-    line = (json.dumps({"step": step, **_finite(metrics), **(notes or {})}) + "\n").encode()
-    with path.open("ab+", buffering=0) as file:
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            cut_off = file.read(1) != b"\n"  # by a process that was killed
-            line = b"\n" * cut_off + line
-        file.write(line)
-        os.fsync(file.fileno())
-
-
-def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """The numbers, null for those that JSON lacks."""
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; one that was cut off is left out."""
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
 
 
 @register("none")
@@ -141,6 +74,9 @@ class NoLogger(Logger):
         """Nothing to do."""
 
     def image(self, step: int, name: str, path: Path) -> None:
+        """Nothing to do."""
+
+    def animation(self, step: int, name: str, path: Path) -> None:
         """Nothing to do."""
 
     def evaluation(self, step: int, metrics: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
@@ -219,6 +155,10 @@ class WandB(Logger):
     def image(self, step: int, name: str, path: Path) -> None:
         """A sample grid."""
         self._run.log({name: self._wandb.Image(str(path))}, step=step)
+
+    def animation(self, step: int, name: str, path: Path) -> None:
+        """How samples come out of noise."""
+        self._run.log({name: self._wandb.Video(str(path), format="gif")}, step=step)
 
     def evaluation(self, step: int, metrics: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
         """Charts over evaluation/step, and the run's summary: a point in training's own charts would be dropped."""
