@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -29,11 +29,14 @@ import sde.models
 import sde.parameterizations
 import sde.processes
 import sde.solvers
+import sde.training.ema
 import sde.training.logging
 import sde.training.options  # noqa: F401 - for the registries
 from sde.data import DATASETS
 from sde.errors import UserError, suggest
 from sde.registry import Registry
+
+Options = TypeVar("Options")
 
 
 def conf_dir() -> Path:
@@ -119,6 +122,24 @@ def build(node: Mapping[str, Any], group: str, **runtime: Any) -> Any:
     if missing:
         raise UserError(f"{group}.{missing[0]} is missing: {cls.__name__} needs a value for it")
     return cls(**arguments, **runtime)
+
+
+def options_of(cls: type[Options], node: Any, group: str) -> Options:
+    """The options `cls`, a dataclass, as the configuration `node` gives them; a `_target_` says nothing new.
+
+    Raises:
+        UserError: for one that it does not take, or a value of the wrong type or range.
+    """
+    hints = typing.get_type_hints(cls)
+    if not isinstance(node, Mapping):
+        raise UserError(f"{group}={node!r} must be options, such as {group}.{next(iter(hints))}=...")
+    given = {str(name): value for name, value in node.items() if name != "_target_"}
+    unknown = [name for name in given if name not in hints]
+    if unknown:
+        raise UserError(
+            f"{group}.{unknown[0]} is not an option: there are {', '.join(hints)}{suggest(unknown[0], hints)}"
+        )
+    return cls(**{name: conform(f"{group}.{name}", value, hints[name]) for name, value in given.items()})
 
 
 def conform(name: str, value: Any, hint: Any) -> Any:

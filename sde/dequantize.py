@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any
 
 import torch
 
 from sde.cli import Interrupted, add_data_overrides, run_command, task_overrides
 from sde.commands import Model, open_model, run_dataset
-from sde.config import build, conform
+from sde.config import build, options_of
 from sde.data import Dataset
 from sde.density.dequantizer import Dequantizer, DequantizerOptions
 from sde.density.quantization import Quantization
 from sde.devices import PRECISIONS, pick_device
-from sde.errors import UserError, check_choice, check_flag, suggest
+from sde.errors import UserError, check_choice, check_flag
 from sde.runs import Run
 from sde.training.batches import Batches
 from sde.training.checkpoint import Checkpoint, list_checkpoints, prune_checkpoints, save_checkpoint
@@ -39,8 +39,6 @@ from sde.training.metrics import MetricsFile, read_metrics
 from sde.training.stopping import StopRequest
 
 KEPT = ("flow", "training", "optimizer")  # settings that belong to a dequantizer and not to one command
-
-Options = TypeVar("Options", DequantizerOptions, DequantizationOptions)
 
 
 def main() -> None:
@@ -157,23 +155,6 @@ def resumed_config(config: Mapping[str, Any], before: Checkpoint) -> dict[str, A
             )
         kept[group][name] = config[group].get(name)
     return {**config, **kept}
-
-
-def options_of(cls: type[Options], node: Any, group: str) -> Options:
-    """The options `cls` as the configuration `node` gives them.
-
-    Raises:
-        UserError: for one that it does not take, or a value of the wrong type or range.
-    """
-    if not isinstance(node, Mapping):
-        raise UserError(f"{group}={node!r} must be options, such as {group}.{fields(cls)[0].name}=...")
-    hints = get_type_hints(cls)
-    unknown = [str(name) for name in node if name not in hints]
-    if unknown:
-        raise UserError(
-            f"{group}.{unknown[0]} is not an option: there are {', '.join(hints)}{suggest(unknown[0], hints)}"
-        )
-    return cls(**{str(name): conform(f"{group}.{name}", value, hints[name]) for name, value in node.items()})
 
 
 def remembered(
