@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -47,45 +51,160 @@ class Interrupted(Exception):
 def run_command(name: str, command: Command) -> None:
     """Compose `conf/<name>.yaml` with the overrides in `sys.argv`, call `command` with plain values, and exit.
 
+    In a sweep (`--multirun`) every job is called, in this process or where a launcher of Hydra puts it; one that fails
+    does not keep the others from being run, unless it was interrupted.
+
     Args:
         name: of the configuration file, without ending.
         command: receives the resolved configuration.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here whole, and are made readable here
-    sys.argv[1:] = [quoted(word) for word in sys.argv[1:]]
-
-    failures: list[BaseException] = []
-    folders: list[Path] = []
-
-    @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)
-    def entry(config: DictConfig) -> None:
-        if failures:  # an earlier job of a multirun
-            return
-        folders.append(Path(output_dir()))
-        try:
-            settings = plain(config)
-            import_plugins(settings.pop("plugins", None) or [])
-            command(settings)
-        except BaseException as error:  # Hydra would print lines of its own before passing it on
-            failures.append(error)
-
+    sys.argv[1:] = flags_first([quoted(word) for word in sys.argv[1:]])
+    job = Job(name, command)
+    _FAILURES.clear()
     try:
-        entry()
-        _remove_empty(folders)
-        if failures:
-            raise failures[0]
-    except UserError as error:
-        _leave(str(error), 2)
-    except Interrupted as stop:
-        _leave(str(stop), stop.code, prefix="")
-    except (HydraException, OmegaConfBaseException) as error:
-        _leave(explain_hydra(str(error), name), 2)
-    except KeyboardInterrupt:
-        _leave("interrupted; nothing was left half-written", 130, prefix="")
-    except torch.OutOfMemoryError as error:
-        _leave(f"the device is out of memory ({_first_line(error)}): lower the batch size or the size of the model", 1)
-    except OSError as error:
-        _leave(explain_os(error), 1)
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(job)()
+        if job.error is not None:
+            raise job.error
+    except (Exception, KeyboardInterrupt) as error:
+        failure = explain(error, name)
+        if failure is None:
+            raise
+        _FAILURES.append(failure)
+    if _FAILURES:
+        _leave(_FAILURES)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a command ended before its end.
+
+    It enters the list of the process that it arrives in: a job of a sweep may have run in another one, from which
+    Hydra's launchers bring back what it returned.
+
+    Args:
+        sentence: for the user.
+        code: the exit code.
+        prefix: stands before the sentence.
+    """
+
+    sentence: str
+    code: int
+    prefix: str = "error: "
+
+    def __str__(self) -> str:
+        return f"{self.prefix}{self.sentence}"
+
+    def __reduce__(self) -> tuple[Callable[..., Failure], tuple[str, int, str]]:
+        return _received, (self.sentence, self.code, self.prefix)
+
+
+_FAILURES: list[Failure] = []
+
+
+def _received(sentence: str, code: int, prefix: str) -> Failure:
+    _FAILURES.append(Failure(sentence, code, prefix))
+    return _FAILURES[-1]
+
+
+class Job:
+    """What Hydra calls: the command, in the folder that Hydra made for it. Can be sent to another process.
+
+    Args:
+        name: of the command.
+        command: receives the resolved configuration.
+
+    Attributes:
+        error: what it raised, unless it is a job of a sweep: Hydra would print lines of its own before passing it on.
+    """
+
+    def __init__(self, name: str, command: Command) -> None:
+        self.__module__ = f"sde.{name}"  # Hydra calls the job by the last part
+        self.name, self.command, self.words = name, command, sys.argv[1:]
+        self.error: BaseException | None = None
+        self.stopped = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "command": importable(self.command)}
+
+    def __call__(self, config: DictConfig) -> Failure | None:
+        sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+        folder = Path(output_dir())
+        if self.stopped:  # an earlier job of this sweep was interrupted
+            _remove_empty(folder)
+            return None
+        try:
+            with own_arguments() if sweep else contextlib.nullcontext():
+                settings = plain(config)
+                import_plugins(settings.pop("plugins", None) or [])
+                self.command(settings)
+        except BaseException as error:
+            if not sweep:
+                self.error = error
+                return None
+            if isinstance(error, SystemExit):  # of a launcher, to put the job into the queue again
+                raise
+            return self.failed(error)
+        finally:
+            _remove_empty(folder)
+        return None
+
+    def failed(self, error: BaseException) -> Failure:
+        """Say at once that a job of a sweep failed, and note it for the end."""
+        self.stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+        cause = explain(error, self.name)
+        if cause is None:
+            traceback.print_exception(error)
+            cause = Failure(f"{type(error).__name__}: {_first_line(error)}", 1)
+        own = [word for word in task_overrides() if word not in self.words]  # what the sweep varies
+        which = f"job {HydraConfig.get().job.num}" + (f" ({' '.join(own)})" if own else "")
+        failure = _received(f"{which}: {cause.sentence}", cause.code, cause.prefix)
+        print(failure, file=sys.stderr, flush=True)
+        return failure
+
+
+def importable(command: Command) -> Command:
+    """`command` as other processes can import it, when it stands in the module that this process runs."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if command.__module__ != "__main__" or spec is None:
+        return command
+    return getattr(importlib.import_module(spec.name), command.__name__, command)
+
+
+@contextlib.contextmanager
+def own_arguments() -> Iterator[None]:
+    """The arguments of one job of a sweep in `sys.argv`, in whichever process it runs."""
+    before = sys.argv
+    sys.argv = [before[0], *task_overrides()]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def explain(error: BaseException, name: str) -> Failure | None:
+    """A sentence and an exit code for what can be explained; None for a fault of the package."""
+    if isinstance(error, UserError):
+        return Failure(str(error), 2)
+    if isinstance(error, Interrupted):
+        return Failure(str(error), error.code, prefix="")
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return Failure(explain_hydra(str(error), name), 2)
+    if isinstance(error, KeyboardInterrupt):
+        return Failure("interrupted; nothing was left half-written", 130, prefix="")
+    if isinstance(error, torch.OutOfMemoryError):
+        advice = "lower the batch size or the size of the model"
+        return Failure(f"the device is out of memory ({_first_line(error)}): {advice}", 1)
+    if isinstance(error, OSError):
+        return Failure(explain_os(error), 1)
+    if type(error).__module__.split(".")[0] in ("joblib", "submitit"):
+        return Failure(f"a process of the sweep ended without an answer ({_first_line(error)}): look into its log", 1)
+    return None
+
+
+def flags_first(words: list[str]) -> list[str]:
+    """The words of a command line with the overrides last, as Hydra reads `sde=vp,ve --multirun training.steps=9`."""
+    return sorted(words, key=lambda word: "=" in word and not word.startswith("-"))
 
 
 def quoted(word: str) -> str:
@@ -124,19 +243,20 @@ def argument(name: str) -> str | None:
     return value
 
 
-def _leave(sentence: str, code: int, prefix: str = "error: ") -> None:
+def _leave(failures: list[Failure]) -> None:
+    """Exit with the first code that is not 0; jobs of a sweep have said their sentences, which are listed again."""
     sys.stdout.flush()
-    print(f"{prefix}{sentence}", file=sys.stderr)
-    sys.exit(code)
+    for failure in dict.fromkeys(failures):
+        print(failure, file=sys.stderr)
+    sys.exit(next((failure.code for failure in failures if failure.code), 0))
 
 
-def _remove_empty(folders: list[Path]) -> None:
-    """Remove the folders that Hydra made for commands that wrote nothing to them."""
-    for folder in folders:
-        for path in (folder, folder.parent):
-            if path.resolve() not in Path.cwd().resolve().parents and path.resolve() != Path.cwd().resolve():
-                with contextlib.suppress(OSError):
-                    path.rmdir()
+def _remove_empty(folder: Path) -> None:
+    """Remove the folder that Hydra made for a command that wrote nothing to it."""
+    for path in (folder, folder.parent):
+        if path.resolve() not in Path.cwd().resolve().parents and path.resolve() != Path.cwd().resolve():
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def _first_line(error: BaseException) -> str:
