@@ -24,9 +24,10 @@ from sde.grids import GRIDS, Grid
 from sde.latents import Carry, in_batches
 from sde.progress import progress_bar
 from sde.randomness import sample_seed
-from sde.runs import Run, find_run, open_checkpoint, restore_denoiser
+from sde.runs import Run, check_ema, find_run, open_checkpoint, restore_denoiser
 from sde.solvers import SOLVERS, Solver
 from sde.training.checkpoint import Checkpoint
+from sde.training.ema import FOLDER
 from sde.training.stopping import StopRequest
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"  # of progress
@@ -46,8 +47,8 @@ def check_settings(config: dict[str, Any]) -> None:
             raise UserError(f"{name}={config[name]!r} must be a whole number")
         check_number(name, config[name], at_least=1)
     sample_seed(config["seed"], 0)
-    for name in ("ema", "denoise"):
-        check_flag(name, config[name])
+    check_ema(config["ema"])
+    check_flag("denoise", config["denoise"])
     check_choice("precision", config["precision"], PRECISIONS)
 
 
@@ -87,7 +88,7 @@ def locate(config: dict[str, Any]) -> tuple[Run, str]:
     which = str(config["checkpoint"])
     if which != "latest" and not which.isdigit() and config["run"] is None:
         path = Path(which).expanduser()
-        return Run(path.parent.parent if path.parent.name == "checkpoints" else path.parent), which
+        return Run(path.parent.parent if path.parent.name in ("checkpoints", FOLDER) else path.parent), which
     return find_run(config["run"], Path(str(config["runs"]))), which
 
 

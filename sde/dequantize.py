@@ -20,8 +20,8 @@ from sde.data import Dataset
 from sde.density.dequantizer import Dequantizer, DequantizerOptions
 from sde.density.quantization import Quantization
 from sde.devices import PRECISIONS, pick_device
-from sde.errors import UserError, check_choice, check_flag
-from sde.runs import Run
+from sde.errors import UserError, check_choice
+from sde.runs import Run, check_ema
 from sde.training.batches import Batches
 from sde.training.checkpoint import Checkpoint, list_checkpoints, prune_checkpoints, save_checkpoint
 from sde.training.dequantization import (
@@ -49,7 +49,7 @@ def main() -> None:
 
 def dequantize(config: dict[str, Any]) -> None:
     """Train a dequantizer as `config` says, from the beginning or on from the newest one of the run."""
-    check_flag("ema", config["ema"])
+    check_ema(config["ema"])
     check_choice("precision", config["precision"], PRECISIONS)
     device = pick_device(config["device"])
     model = open_model({**config, "compile": False}, device)

@@ -49,6 +49,7 @@ from sde.likelihood_results import Scores, Task, describe, draw_pictures, mean_a
 from sde.pictures import save_density
 from sde.progress import progress_bar
 from sde.randomness import sample_seed
+from sde.runs import check_ema
 from sde.solvers import SOLVERS, Solver
 from sde.training.dequantization import load_dequantizer
 from sde.training.logging import Logger
@@ -129,8 +130,8 @@ def check_options(config: Mapping[str, Any]) -> None:
     if config["density_side"] == 1:
         raise UserError("density_side=1 makes no picture: take 2 or more, or 0 for none")
     sample_seed(config["seed"], 0)
-    for name in ("ema", "importance"):
-        check_flag(name, config[name])
+    check_ema(config["ema"])
+    check_flag("importance", config["importance"])
     check_choice("split", config["split"], SPLITS)
     check_choice("method", config["method"], METHODS)
     check_choice("dequantization", config["dequantization"], ("auto", *DEQUANTIZATIONS))

@@ -6,6 +6,7 @@
         environment.json   versions, git revision, device, command line
         metrics.jsonl      the record: one JSON object per line
         checkpoints/       step-00001000.pt, ...
+        ema/               snapshots of power-function averages, and averages that python -m sde.ema makes of them
         previews/          sample grids drawn during training
         samples/           what `python -m sde.sample` draws
 
@@ -28,13 +29,14 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from sde.config import build
+from sde.config import build, options_of
 from sde.data import DataInfo
 from sde.denoiser import Denoiser
-from sde.errors import UserError
+from sde.errors import UserError, suggest
 from sde.files import write_json, write_text
 from sde.interop.folders import is_exported, read_folder
 from sde.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, load_newest
+from sde.training.ema import EMAOptions, average_name, averages_of
 
 try:
     import fcntl
@@ -173,23 +175,66 @@ def build_denoiser(config: Mapping[str, Any], info: DataInfo) -> Denoiser:
     return denoiser
 
 
-def restore_denoiser(checkpoint: Checkpoint, *, ema: bool = True) -> tuple[Denoiser, DataInfo]:
+def ema_options(node: Any) -> EMAOptions:
+    """Which averages a run keeps, from `ema` of its configuration; old ones have a decay and a warm-up alone.
+
+    Raises:
+        UserError: an option that there is not, or a value of the wrong type or range.
+    """
+    return options_of(EMAOptions, node, "ema")
+
+
+def check_ema(value: object) -> None:
+    """Raise `UserError` unless `ema=value` can mean something: true, false or the name of an average."""
+    if not isinstance(value, bool | int | float | str) or (not isinstance(value, bool) and average_name(value) is None):
+        raise UserError(
+            f"ema={value!r} must be true or false, or an average that the run keeps, such as 0.9999 or std0.05"
+        )
+
+
+def chosen_weights(checkpoint: Checkpoint, ema: bool | float | str) -> Mapping[str, torch.Tensor]:
+    """The weights of a checkpoint that `ema` means.
+
+    Args:
+        checkpoint: an opened checkpoint.
+        ema: True for its first average, False for the last weights, or the name of any average: its decay (0.9999) or
+            its relative width ("std0.05").
+
+    Raises:
+        UserError: when the checkpoint does not have them.
+    """
+    check_ema(ema)
+    known = averages_of(checkpoint.content)
+    if ema is True:
+        return checkpoint.content["ema"]
+    if ema is False:
+        last = checkpoint.content.get("model")
+        if last is None:
+            raise UserError(f"{checkpoint.path} has averaged weights alone: use ema=true")
+        return last
+    name = average_name(ema)
+    if name not in known:
+        named = [name for name in known if name != "ema"]
+        those = f"ema=true for the first, or one of {', '.join(named)}" if named else "ema=true for the only one"
+        raise UserError(f"ema={ema} is not an average in {checkpoint.path}: use {those}{suggest(name, named)}")
+    return known[name]
+
+
+def restore_denoiser(checkpoint: Checkpoint, *, ema: bool | float | str = True) -> tuple[Denoiser, DataInfo]:
     """The trained denoiser of a checkpoint, in evaluation mode, and the facts about its data.
 
     Args:
         checkpoint: an opened checkpoint; it holds the configuration that describes its network.
-        ema: take the averaged weights rather than the last ones.
+        ema: which weights, as `chosen_weights` has it; the first average unless told otherwise.
 
     Raises:
-        UserError: when the weights do not fit the network that the configuration describes.
+        UserError: when there are no such weights, or they do not fit the network that the configuration describes.
     """
-    which = "ema" if ema else "model"
-    if which not in checkpoint.content:
-        raise UserError(f"{checkpoint.path} has averaged weights alone: use ema=true")
+    weights = chosen_weights(checkpoint, ema)
     info = DataInfo.from_dict(checkpoint.content["data"])
     denoiser = build_denoiser(checkpoint.content["config"], info)
     try:
-        denoiser.network.load_state_dict(checkpoint.content[which])
+        denoiser.network.load_state_dict(weights)
     except (RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{checkpoint.path} does not fit its own configuration ({reason}): take another one") from error

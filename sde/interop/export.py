@@ -32,19 +32,23 @@ def load_pretrained(folder: str | Path) -> tuple[Denoiser, DataInfo]:
     return restore_denoiser(read_folder(Path(folder).expanduser()))
 
 
-def export(checkpoint: Checkpoint, folder: Path) -> None:
+def export(checkpoint: Checkpoint, folder: Path, ema: bool | float | str = True) -> None:
     """Write the averaged weights of a checkpoint, its configuration and a model card.
 
     Args:
         checkpoint: an opened checkpoint.
         folder: new or empty.
+        ema: which average: True for the first, or its name.
 
     Raises:
-        UserError: there is something in the folder, or the checkpoint does not fit its own configuration.
+        UserError: there is something in the folder, there is no such average, or the checkpoint does not fit its own
+            configuration.
     """
+    if ema is False:
+        raise UserError("ema=false: averaged weights are what is exported; leave it out, or name an average")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"to={folder} exists and is not empty: choose a new folder")
-    denoiser, info = restore_denoiser(checkpoint)
+    denoiser, info = restore_denoiser(checkpoint, ema=ema)
     content = checkpoint.content
     write_text(folder / "README.md", model_card(denoiser, info, checkpoint.step, folder.name))
     write_folder(folder, content["config"], content["data"], denoiser.network.state_dict(), checkpoint.step)
@@ -78,7 +82,7 @@ def export_run(config: dict[str, Any]) -> None:
     run = find_run(config["run"], Path(str(config["runs"])))
     checkpoint = open_checkpoint(run, str(config["checkpoint"]))
     folder = Path(str(config["to"])).expanduser()
-    export(checkpoint, folder)
+    export(checkpoint, folder, config["ema"])
     for file in sorted(folder.iterdir()):
         print(file)
     print(f"draw samples with: python -m sde.sample run={folder}")
