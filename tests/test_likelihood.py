@@ -362,12 +362,7 @@ def test_the_clock_of_a_training_that_goes_on_is_the_last_of_training(tmp_path: 
 def test_wandb_gets_it_beside_trainings_own_steps(point_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the run's own W&B run, on an axis of its own, and in the summary."""
     wandb: Any = install(monkeypatch)
-    axes: dict[str, str | None] = {}
-    monkeypatch.setattr(
-        wandb, "define_metric", lambda n, step_metric=None: axes.update({n: step_metric}), raising=False
-    )
     monkeypatch.setattr(wandb, "log", lambda values, step=None: wandb.logged.append((step, values)))
-    wandb.summary = {}
     run = point_run / "runs" / "p"
     (run / "wandb-id.txt").write_text("own123")
     arguments = ["logger=wandb", "method=continuous_bound", "bound.steps=2", "n=4"]
@@ -377,8 +372,8 @@ def test_wandb_gets_it_beside_trainings_own_steps(point_run: Path, monkeypatch: 
     assert step is None
     assert values["evaluation/step"] == 20
     assert values["likelihood/test/bits_per_dim"] == summary["bits_per_dim"]
-    assert values["likelihood/test/histogram"] == ("image", True)
-    assert axes["likelihood/test/bits_per_dim"] == "evaluation/step"
+    assert values["likelihood/test/histogram"] == ("image", True, "step 20")
+    assert wandb.axes["likelihood/test/bits_per_dim"] == {"step_metric": "evaluation/step"}
     assert wandb.summary["likelihood/test/bits_per_dim"] == summary["bits_per_dim"]
     assert wandb.codes == [0]
     with Run(run).locked():  # by a training

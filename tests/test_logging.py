@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from sde.training import logging
+from sde.training.logging import WandB
+from sde.training.metrics import read_metrics
 from tests.commands import TINY_2D, command
 
 
@@ -25,29 +29,52 @@ class StandIn(ModuleType):
         self.started: list[dict[str, Any]] = []
         self.logged: list[tuple[int, dict[str, Any]]] = []
         self.codes: list[int] = []
+        self.axes: dict[str, dict[str, Any]] = {}
+        self.summary: dict[str, float] = {}
+        self.starting_step = 0
+        self.fails: set[str] = set()
 
-    def init(self, **settings: Any) -> StandIn:
-        self.started.append(settings)
-        self.id, self.url = settings["id"] or "abc123", "https://wandb.example/run"
+    def Settings(self, **settings: float) -> dict[str, float]:
+        return settings
+
+    def init(self, **options: Any) -> StandIn:
+        self.started.append(options)
+        if f"init {options['mode']}" in self.fails:
+            raise ConnectionError(f"no answer\nin {options['settings']['init_timeout']} seconds")
+        self.id, self.url = options["id"] or "abc123", "https://wandb.example/run"
         return self
 
-    def log(self, values: dict[str, Any], step: int) -> None:
+    def define_metric(self, name: str, **options: Any) -> None:
+        self.axes[name] = options
+
+    def log(self, values: dict[str, Any], step: int, commit: bool) -> None:
+        assert commit
+        if "log" in self.fails:
+            raise BrokenPipeError("the service has gone")
         self.logged.append((step, values))
 
     def finish(self, exit_code: int) -> None:
+        if "finish" in self.fails:
+            raise TimeoutError
         self.codes.append(exit_code)
 
-    def Image(self, path: str) -> tuple[str, bool]:
-        return ("image", Path(path).is_file())
+    def Image(self, path: str, caption: str) -> tuple[str, bool, str]:
+        return ("image", Path(path).is_file(), caption)
+
+    def Video(self, path: str, caption: str, format: str) -> tuple[str, bool, str]:
+        return (format, Path(path).is_file(), caption)
 
     def Table(self, data: list[list[float]], columns: list[str]) -> tuple[str, list[list[float]]]:
         return ("table", data)
+
+    def Histogram(self, np_histogram: tuple[list[float], list[float]]) -> tuple[str, list[float], list[float]]:
+        return ("histogram", *np_histogram)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, api_key: str | None = None) -> StandIn:
     wandb = StandIn(api_key)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name, raising=False)
     return wandb
 
@@ -66,13 +93,9 @@ def test_everything_goes_to_wandb_and_a_resumed_run_is_the_same_run(
     scalars = [(step, values) for step, values in wandb.logged if "train/loss" in values]
     assert [step for step, _ in scalars] == [line["step"] for line in lines]
     for (_, values), line in zip(scalars, lines, strict=True):
-        assert values == {name: value for name, value in line.items() if name not in ("step", "seconds")}
-    charts = [values["val/loss_by_noise_level"] for _, values in wandb.logged if "val/loss_by_noise_level" in values]
-    kind, (_, rows), _ = charts[0]
-    assert kind == "line"
-    assert len(rows) == 10
-    assert all(lines[-1][f"val/eps_mse/log_snr={level:.1f}"] == value for level, value in rows)
-    assert ("image", True) in [values.get("samples") for _, values in wandb.logged]
+        numbers = {name: value for name, value in values.items() if not name.startswith("noise_levels/")}
+        assert numbers == {name: value for name, value in line.items() if name != "seconds"}
+    assert ("image", True, "step 20") in [values.get("media/samples") for _, values in wandb.logged]
     assert wandb.codes == [0]
     done = command("sde.train", "resume=r", "training.steps=30", folder=tmp_path)
     assert done.code == 0, done.err
@@ -98,8 +121,6 @@ def test_online_only_for_users_who_have_logged_in(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from sde.training.logging import WandB
-
     wandb = install(monkeypatch, api_key)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -107,11 +128,138 @@ def test_online_only_for_users_who_have_logged_in(
     assert wandb.started[0]["mode"] == expected
 
 
-def test_without_wandb_there_is_a_sentence_and_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else find(name, *a))
+def rows(wandb: StandIn, start: int = 0) -> list[tuple[int, int]]:
+    """Of every row W&B's step and the training step."""
+    return [(row, values["step"]) for row, values in wandb.logged[start:]]
+
+
+def test_errors_by_noise_level_are_a_chart_and_a_heat_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = install(monkeypatch)
+    clock = 1000.0
+    monkeypatch.setattr(logging.time, "monotonic", lambda: clock)
+    logger = WandB()
+    logger.start(tmp_path, {}, 0)
+    values = {f"{kind}/eps_mse/log_snr={level}": level**2 for kind in ("val", "train") for level in (4.0, -6.0, 0.0)}
+    expected = ("line", ("table", [[-6.0, 36.0], [0.0, 0.0], [4.0, 16.0]]), "val/eps_mse by noise level")
+    heat = ("histogram", [36.0, 0.0, 16.0], [-9.0, -3.0, 2.0, 6.0])
+    logger.log(10, values)
+    for kind in ("val", "train"):
+        name = f"noise_levels/{kind}_eps_mse"
+        assert wandb.logged[0][1][name] == (*expected[:2], f"{kind}/eps_mse by noise level")
+        assert wandb.logged[0][1][f"{name}_over_steps"] == heat
+    # ten panels for ten levels would bury the rest
+    assert {name for name, options in wandb.axes.items() if options["hidden"]} == {*values, "step"}
+    assert all(options["step_metric"] == "step" for name, options in wandb.axes.items() if name != "step")
+    # the heat map gets a column at every log; the chart, which is a file, at validations and once a minute
+    clock += 59
+    logger.log(20, {**values, "val/eps_mse/log_snr=4.0": float("nan")})
+    shown = wandb.logged[1][1]
+    assert "noise_levels/train_eps_mse" not in shown
+    assert shown["noise_levels/train_eps_mse_over_steps"] == heat
+    assert shown["noise_levels/val_eps_mse"][1] == ("table", expected[1][1][:2])
+    assert shown["noise_levels/val_eps_mse_over_steps"] == ("histogram", [36.0, 0.0], [-9.0, -3.0, 3.0])
+    clock += 1
+    logger.log(30, values)
+    assert "noise_levels/train_eps_mse" in wandb.logged[2][1]
+
+
+def test_a_run_that_goes_back_loses_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B drops rows at or below its newest step, so that its step goes on while training's goes back."""
+    wandb = install(monkeypatch)
+    picture = tmp_path / "a.png"
+    picture.touch()
+    logger = WandB()
+    logger.start(tmp_path, {}, 0)
+    for step in (10, 20, 30):
+        logger.log(step, {"train/loss": 1 / step, "val/loss": float(step)})
+        logger.image(step, "samples", picture)
+        logger.animation(step, "trajectories", picture)
+    assert rows(wandb) == [(10, 10), (11, 10), (12, 10), (20, 20), (21, 20), (22, 20), (30, 30), (31, 30), (32, 30)]
+    assert wandb.logged[2][1]["media/trajectories"] == ("gif", True, "step 10")
+    assert wandb.summary == {"best/train_loss": 1 / 30, "best/val_loss": 10.0}
+    logger.finish(0)
+    # what W&B answers to the next leg of an online run; the summary's best goes on from the lines that are kept
+    wandb.starting_step = 33
+    wandb.summary.clear()
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 10, "val/loss": 10.0, "train/loss": 0.1}\n{"step": 30, "train/loss": 0.01}\n'
+    )
+    logger.start(tmp_path, {}, 20)
+    for step in (30, 40):
+        logger.log(step, {"train/loss": 1 / step, "val/loss": float(step)})
+    assert rows(wandb, 9) == [(33, 30), (40, 40)]
+    assert wandb.summary == {"best/train_loss": 1 / 40}
+
+
+@pytest.mark.parametrize(
+    ("place", "above", "group"),
+    [
+        ("runs/multirun/2026-01-02/03-04-05/0_vp", None, "2026-01-02/03-04-05"),
+        ("runs/2026-01-02/03-04-05_vp", None, None),
+        ("sweeps/lr/0", "multirun.yaml", "lr"),
+        ("sweeps/lr/0", None, None),
+    ],
+)
+def test_the_runs_of_a_multirun_are_a_group(
+    place: str, above: str | None, group: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = install(monkeypatch)
+    folder = tmp_path / place
+    folder.mkdir(parents=True)
+    if above:
+        (folder.parent / above).touch()
+    WandB().start(folder, {}, 0)
+    WandB(group="mine", name="n", notes="why", job_type="ablation").start(folder, {}, 0)
+    monkeypatch.setenv("WANDB_RUN_GROUP", "theirs")
+    monkeypatch.setenv("WANDB_NAME", "m")
+    WandB().start(folder, {}, 0)
+    assert [(start["group"], start["name"]) for start in wandb.started] == [
+        (group, folder.name),
+        ("mine", "n"),
+        ("theirs", "m"),
+    ]
+    assert (wandb.started[1]["notes"], wandb.started[1]["job_type"]) == ("why", "ablation")
+
+
+# Faults
+
+
+def test_without_wandb_there_is_a_sentence_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as an import finds it that is not installed
     done = command("sde.train", *TINY_2D, "logger=wandb", "hydra.run.dir=r", folder=tmp_path)
-    assert done.code == 2
-    assert done.sentence == "error: logger=wandb needs the package wandb: pip install wandb, or use logger=none"
-    assert not (tmp_path / "r").exists()
+    assert done.code == 0, done.err
+    sentence = "wandb is not installed (pip install wandb), so that the run is recorded in metrics.jsonl alone"
+    assert done.err.count("wandb") == 2  # the sentence and nothing else
+    assert f"warning: {sentence}" in done.err
+    assert [line["step"] for line in read_metrics(tmp_path / "r" / "metrics.jsonl")] == [10, 20]
+
+
+def test_a_run_that_cannot_be_online_is_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wandb = install(monkeypatch, "key")
+    wandb.fails = {"init online"}
+    logger = WandB(timeout=5.0)
+    logger.start(tmp_path, {}, 0)
+    logger.log(10, {"train/loss": 1.0})
+    logger.finish(0)
+    assert [start["mode"] for start in wandb.started] == ["online", "offline"]
+    assert [step for step, _ in wandb.logged] == [10]
+    err = capsys.readouterr().err
+    assert f"W&B cannot be reached (no answer): the run is written to {tmp_path / 'wandb'}, for wandb sync" in err
+    assert err.count("warning") == 1
+
+
+@pytest.mark.parametrize("fails", [{"init online", "init offline"}, {"log"}, {"finish"}, {"log", "finish"}])
+def test_training_goes_on_whatever_wandb_does(fails: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = install(monkeypatch, "key")
+    wandb.fails = fails
+    done = command("sde.train", *TINY_2D, "logger=wandb", "hydra.run.dir=r", folder=tmp_path)
+    assert done.code == 0, done.err
+    assert [line["step"] for line in read_metrics(tmp_path / "r" / "metrics.jsonl")] == [10, 20]
+    warnings = [line for line in done.err.splitlines() if line.startswith("warning: W&B")]
+    assert len(warnings) == (2 if "init online" in fails else 1), done.err
+    reasons = {"init online": "no answer", "log": "the service has gone", "finish": "TimeoutError"}
+    assert next(reasons[what] for what in ("init online", "log", "finish") if what in fails) in warnings[0]

@@ -1,30 +1,48 @@
-"""The record of a run: `metrics.jsonl` always, Weights & Biases where it is asked for.
+"""Where the numbers and pictures of a run are shown besides metrics.jsonl: Weights & Biases, or nowhere.
 
-metrics.jsonl holds one JSON object per line, {"step": ..., "seconds": ..., name: value, ...}; W&B mirrors it with
-charts and pictures. wandb is imported here alone, and only by a run with `logger=wandb`.
+wandb is imported here alone, and only by a run with `logger=wandb`. Nothing that W&B does or fails to do ends a
+training: without wandb, without a network or with a wrong key, one sentence says what happens instead.
 
-A command that evaluates a run later adds a line of its own with the checkpoint's step (`append_metrics`), without
-"seconds", which are those of training. In W&B, which drops what is logged at a step below the newest, such numbers have
-an axis of their own, evaluation/step.
+Steps. W&B drops rows whose own step goes back, and a run that resumes goes back to its checkpoint. So every row has the
+training step as a metric of its own, `step`, which is the axis of all charts; W&B's internal step is the same number
+where it can be, and the next free one where training does again what it had logged already.
+
+Leg by leg. A run that resumes is the same W&B run: wandb-id.txt holds its id. Every offline leg lies in a folder of its
+own in RUN/wandb and is marked to be appended to what the run has; `wandb sync RUN/wandb` uploads them in their order.
+
+Numbers about a checkpoint that are computed at any later time have another axis, evaluation/step.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 import os
+import re
+import shlex
 import sys
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Concatenate, ParamSpec
 
-from sde.errors import UserError, check_choice
+from sde.errors import check_choice, check_number
+from sde.files import write_text
 from sde.registry import Registry
-from sde.training.metrics import MetricsFile, append_metrics, read_metrics  # noqa: F401
+from sde.training.metrics import MetricsFile as MetricsFile
+from sde.training.metrics import read_metrics
 
 LOGGERS: Registry[Logger] = Registry("logger")
 register = LOGGERS.register
+
+P = ParamSpec("P")
+
+_STEP = "step"
 _EVALUATED = "evaluation/step"
+_BY_LEVEL = re.compile(r"(.+)/log_snr=([-+.0-9e]+)")
+_BEST = ("train/loss", "val/loss")
+_CHART_SECONDS = 60.0  # a chart is a file that is uploaded, a heat map's column a few numbers
 
 
 class Logger(ABC):
@@ -86,9 +104,26 @@ class NoLogger(Logger):
         """Nothing to do."""
 
 
+def _tolerant(method: Callable[Concatenate[WandB, P], None]) -> Callable[Concatenate[WandB, P], None]:
+    """A method that does nothing in a run that W&B does not have, and that goes on, saying so once, when W&B fails."""
+
+    @functools.wraps(method)
+    def tolerant(self: WandB, *args: P.args, **kwargs: P.kwargs) -> None:
+        if self._run is None:
+            return
+        try:
+            method(self, *args, **kwargs)
+        except Exception as error:
+            if not self._warned:
+                _warn(f"\nW&B does not take what is logged ({_reason(error)}); metrics.jsonl has every number")
+            self._warned = True
+
+    return tolerant
+
+
 @register("wandb")
 class WandB(Logger):
-    """Weights & Biases: scalars, loss by noise level as a chart, sample grids, configuration.
+    """Weights & Biases: curves, errors by noise level, sample grids and trajectories over training, configuration.
 
     Args:
         project: W&B project.
@@ -96,6 +131,12 @@ class WandB(Logger):
         mode: "online", "offline", or "auto": online when the user has logged in, offline otherwise. An offline run lies
             in the run's folder and is uploaded with `wandb sync`.
         tags: labels of the run.
+        group: runs with one group are shown together; None is the folder of a `--multirun`, and no group for a run
+            of its own.
+        name: of the run; None is its folder's name.
+        notes: a text beside it.
+        job_type: what kind of run of its group it is.
+        timeout: seconds that W&B may take to answer in the beginning, and to take what is left in the end.
     """
 
     def __init__(
@@ -104,35 +145,55 @@ class WandB(Logger):
         entity: str | None = None,
         mode: str = "auto",
         tags: tuple[str, ...] = (),
+        group: str | None = None,
+        name: str | None = None,
+        notes: str | None = None,
+        job_type: str | None = None,
+        timeout: float = 60.0,
     ) -> None:
         check_choice("logger.mode", mode, ("auto", "online", "offline"))
-        if importlib.util.find_spec("wandb") is None:
-            raise UserError("logger=wandb needs the package wandb: pip install wandb, or use logger=none")
+        check_number("logger.timeout", timeout, above=0)
         self.project, self.entity, self.mode, self.tags = project, entity, mode, tags
+        self.group, self.name, self.notes, self.job_type = group, name, notes, job_type
+        self.timeout = timeout
+        self._wandb: Any = None
         self._run: Any = None
-        self._levels: list[str] = []
+        self._warned = False
 
     def start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
         """Open a W&B run, or the one that this folder had, as a further leg of it."""
-        import wandb
-
-        identity = folder / "wandb-id.txt"
-        mode: Any = self._mode(wandb)
-        self._run = wandb.init(
-            project=self.project,
-            entity=self.entity,
-            mode=mode,
-            tags=list(self.tags) or None,
-            dir=str(folder),
-            name=folder.name,
-            config=dict(config),
-            id=identity.read_text().strip() if identity.exists() else None,
-            resume="allow",
-        )
-        identity.write_text(self._run.id)
+        self._run, self._warned = None, False
+        self._defined: set[str] = set()
+        self._drawn: dict[str, float] = {}
+        try:
+            import wandb
+        except ImportError:
+            _warn("wandb is not installed (pip install wandb), so that the run is recorded in metrics.jsonl alone")
+            return
         self._wandb = wandb
-        where = self._run.url if mode == "online" else f"{folder / 'wandb'} (upload it with wandb sync)"
-        print(f"W&B run: {where}", file=sys.stderr)
+        identity = folder / "wandb-id.txt"
+        options = {
+            "project": self.project,
+            "entity": self.entity,
+            "dir": str(folder),
+            "id": (identity.read_text().strip() or None) if identity.exists() else None,
+            "resume": "allow",
+            "reinit": "finish_previous",  # of a --multirun, whose job before this one may have failed
+            "config": dict(config),
+            "tags": list(self.tags) or None,
+            "group": self.group or os.environ.get("WANDB_RUN_GROUP") or multirun_of(folder),
+            "name": self.name or os.environ.get("WANDB_NAME") or folder.name,
+            "notes": self.notes,
+            "job_type": self.job_type,
+        }
+        self._open(self._mode(wandb), folder, options)
+        self._begin(folder, step)
+
+    @_tolerant
+    def _begin(self, folder: Path, step: int) -> None:
+        self._row = self._run.starting_step - 1
+        self._best = _best(folder / "metrics.jsonl", step)
+        write_text(folder / "wandb-id.txt", self._run.id)
 
     def _mode(self, wandb: Any) -> str:
         if self.mode != "auto":
@@ -142,34 +203,129 @@ class WandB(Logger):
             return chosen
         return "online" if os.environ.get("WANDB_API_KEY") or getattr(wandb.api, "api_key", None) else "offline"
 
+    def _open(self, mode: str, folder: Path, options: Mapping[str, Any]) -> None:
+        """Start the run, offline when it cannot be online, and not at all when that fails too."""
+        settings = self._wandb.Settings(init_timeout=self.timeout, finish_timeout=self.timeout)
+        files = folder / "wandb"
+        upload = f"wandb sync {shlex.quote(str(files))}"
+        try:
+            self._run = self._wandb.init(mode=mode, settings=settings, **options)
+        except Exception as error:
+            if mode == "online":
+                _warn(f"W&B cannot be reached ({_reason(error)}): the run is written to {files}, for {upload}")
+                return self._open("offline", folder, options)
+            _warn(f"W&B cannot be started ({_reason(error)}), so that the run is recorded in metrics.jsonl alone")
+            return None
+        print(
+            f"W&B run: {self._run.url if mode == 'online' else f'{files} (upload it with {upload})'}", file=sys.stderr
+        )
+        return None
+
+    @_tolerant
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Scalars; those named val/eps_mse/<level> also become one chart of loss against noise level."""
-        self._run.log(dict(metrics), step=step)
-        levels = {name: value for name, value in metrics.items() if name.startswith("val/eps_mse/")}
-        if levels:
-            rows = [[float(name.rsplit("=", 1)[1]), value] for name, value in levels.items()]
-            table = self._wandb.Table(data=rows, columns=["log SNR", "eps error"])
-            chart = self._wandb.plot.line(table, "log SNR", "eps error", title="loss by noise level")
-            self._run.log({"val/loss_by_noise_level": chart}, step=step)
+        """Scalars; those named <what>/log_snr=<center> also become a chart and a heat map of <what> by noise level."""
+        self._write(step, {**metrics, **self._by_level(metrics)})
+        better = {name: metrics[name] for name in _BEST if metrics.get(name, float("nan")) < self._best[name]}
+        self._best.update(better)
+        if better:
+            self._run.summary.update({_best_name(name): value for name, value in better.items()})
 
+    @_tolerant
     def image(self, step: int, name: str, path: Path) -> None:
-        """A sample grid."""
-        self._run.log({name: self._wandb.Image(str(path))}, step=step)
+        """A sample grid, media/<name>, under which a slider goes through training."""
+        self._write(step, {f"media/{name}": self._wandb.Image(str(path), caption=f"step {step}")})
 
+    @_tolerant
     def animation(self, step: int, name: str, path: Path) -> None:
-        """How samples come out of noise."""
-        self._run.log({name: self._wandb.Video(str(path), format="gif")}, step=step)
+        """A GIF, media/<name>; the file is shown as it is, so that no encoder is needed."""
+        self._write(step, {f"media/{name}": self._wandb.Video(str(path), caption=f"step {step}", format="gif")})
 
+    @_tolerant
     def evaluation(self, step: int, metrics: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
-        """Charts over evaluation/step, and the run's summary: a point in training's own charts would be dropped."""
+        """Charts over evaluation/step, and the run's summary."""
         self._run.define_metric(_EVALUATED)
         for name in metrics:
             self._run.define_metric(name, step_metric=_EVALUATED)
-        shown = {name: self._wandb.Image(str(path)) for name, path in pictures.items()}
+        caption = f"step {step}"
+        shown = {name: self._wandb.Image(str(path), caption=caption) for name, path in pictures.items()}
         self._run.log({_EVALUATED: step, **metrics, **shown})
         self._run.summary.update(dict(metrics))  # an offline leg of a run may know no earlier step
 
+    @_tolerant
     def finish(self, code: int) -> None:
         """Close the run."""
-        if self._run is not None:
-            self._run.finish(exit_code=code)
+        run, self._run = self._run, None
+        run.finish(exit_code=code)
+
+    def _write(self, step: int, values: Mapping[str, Any]) -> None:
+        """A row of the run's history, sent at once; a run that is killed loses none."""
+        for name in values:
+            if name not in self._defined:
+                self._run.define_metric(name, step_metric=_STEP, hidden=_BY_LEVEL.fullmatch(name) is not None)
+        if not self._defined:
+            self._run.define_metric(_STEP, hidden=True)
+        self._defined |= values.keys()
+        self._row = max(step, self._row + 1)
+        self._run.log({_STEP: step, **values}, step=self._row, commit=True)
+
+    def _by_level(self, metrics: Mapping[str, float]) -> dict[str, Any]:
+        """A chart against log SNR and a column of a heat map for each quantity that is known by noise level."""
+        shown: dict[str, Any] = {}
+        for quantity, values in by_level(metrics).items():
+            name = f"noise_levels/{quantity.replace('/', '_')}"
+            levels, heights = list(values), list(values.values())
+            now = time.monotonic()
+            if quantity.startswith("val/") or now - self._drawn.get(quantity, -_CHART_SECONDS) >= _CHART_SECONDS:
+                self._drawn[quantity] = now
+                table = self._wandb.Table(data=[list(row) for row in values.items()], columns=["log SNR", quantity])
+                shown[name] = self._wandb.plot.line(table, "log SNR", quantity, title=f"{quantity} by noise level")
+            if len(levels) > 1:
+                # a histogram whose bins are the noise levels is drawn over steps as a heat map
+                shown[f"{name}_over_steps"] = self._wandb.Histogram(np_histogram=(heights, _edges(levels)))
+        return shown
+
+
+def multirun_of(folder: Path) -> str | None:
+    """The group of a run in a `--multirun`: its folder below runs/multirun, or the name of wherever it is."""
+    above = folder.resolve().parent
+    if "multirun" in above.parts[:-1]:
+        last = len(above.parts) - 1 - above.parts[::-1].index("multirun")
+        return "/".join(above.parts[last + 1 :]) or None
+    return above.name if (above / "multirun.yaml").is_file() else None
+
+
+def by_level(metrics: Mapping[str, float]) -> dict[str, dict[float, float]]:
+    """The finite numbers named <quantity>/log_snr=<center>: quantity to center to number, by growing center."""
+    found: dict[str, dict[float, float]] = {}
+    for name, value in metrics.items():
+        match = _BY_LEVEL.fullmatch(name)
+        if match and abs(value) < float("inf"):
+            found.setdefault(match[1], {})[float(match[2])] = value
+    return {quantity: dict(sorted(values.items())) for quantity, values in found.items()}
+
+
+def _edges(centers: list[float]) -> list[float]:
+    """Edges of bins around increasing centers."""
+    between = [(a + b) / 2 for a, b in pairwise(centers)]
+    return [2 * centers[0] - between[0], *between, 2 * centers[-1] - between[-1]]
+
+
+def _best(path: Path, step: int) -> dict[str, float]:
+    """The least losses until `step` in a metrics.jsonl."""
+    lines = [line for line in read_metrics(path) if line["step"] <= step] if step and path.exists() else []
+    losses = {name: [line[name] for line in lines if line.get(name) is not None] for name in _BEST}
+    return {name: min(values, default=float("inf")) for name, values in losses.items()}
+
+
+def _best_name(name: str) -> str:
+    return f"best/{name.replace('/', '_')}"
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _warn(sentence: str) -> None:
+    lead = "\n" * sentence.startswith("\n")  # below a progress bar
+    print(f"{lead}warning: {sentence.strip()}", file=sys.stderr)
