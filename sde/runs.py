@@ -10,6 +10,8 @@
         previews/          sample grids drawn during training
         samples/           what `python -m sde.sample` draws
 
+`python -m sde.runs` lists, compares and prunes them (`sde.runs_table`).
+
 Sampling needs the checkpoint alone for the weights and this module for everything around it: which run, which
 checkpoint, and the denoiser that they describe.
 """
@@ -18,13 +20,15 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import runpy
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from omegaconf import OmegaConf
@@ -80,7 +84,7 @@ class Run:
         file = self.path / ".lock"
         with file.open("a") as handle:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(handle)
             except BlockingIOError:
                 raise UserError(
                     f"{self.path} is being written by another process: wait for it, or choose another hydra.run.dir"
@@ -91,6 +95,19 @@ class Run:
                 yield
             finally:
                 file.unlink(missing_ok=True)
+
+    def is_locked(self) -> bool:
+        """Whether another process is writing the run; False where a file system has no locks to ask."""
+        if fcntl is None:
+            return False
+        try:
+            with (self.path / ".lock").open("rb") as handle:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go of when the file is closed
+        except BlockingIOError:
+            return True
+        except OSError:  # no such file, or no locks
+            return False
+        return False
 
     def config(self) -> dict[str, Any]:
         """The configuration that the run was made with.
@@ -114,6 +131,16 @@ class Run:
         write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))))
         write_json(self.path / "data.json", info.to_dict())
         write_json(self.path / "environment.json", environment(device))
+
+
+def _lock(handle: IO[str]) -> None:
+    """Lock a file, trying again for a moment: `Run.is_locked` of another process may be asking just now."""
+    for wait in (0.01, 0.05, 0.2):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(wait)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def find_run(path: str | int | None, root: Path = RUNS) -> Run:
@@ -275,3 +302,7 @@ def _git_revision() -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+if __name__ == "__main__":
+    runpy.run_module("sde.runs_table", run_name="__main__")
