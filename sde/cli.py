@@ -338,6 +338,11 @@ def group_file(group: str, name: str) -> dict[str, Any]:
     return node.get(group, node)
 
 
+def default_settings(name: str) -> dict[str, Any]:
+    """The configuration that `conf/<name>.yaml` makes without any overrides."""
+    return plain(hydra.compose(name))
+
+
 def task_overrides() -> list[str]:
     """The overrides given on the command line, as written."""
     return list(HydraConfig.get().overrides.task)
