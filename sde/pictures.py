@@ -318,6 +318,38 @@ def save_curves(
     _save_png(path, Image.fromarray(_rasterize(figure)).quantize(128))  # a palette: a quarter of the size
 
 
+class Line(NamedTuple):
+    """One line of `save_lines`: `y` over `x`."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    dashed: bool = False
+
+
+def save_lines(path: Path, pairs: Sequence[tuple[Line, Line]], title: str, x_label: str, y_label: str) -> None:
+    """Write pairs of lines that are to be compared, both of a pair in one color, as a PNG.
+
+    Args:
+        path: the file.
+        pairs: any number of them.
+        title: above the plot.
+        x_label: what x is.
+        y_label: what y is.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4), dpi=100)
+    axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    for k, pair in enumerate(pairs):
+        for line in pair:
+            axes.plot(line.x, line.y, color=f"C{k % 10}", lw=1.4, ls="--" if line.dashed else "-", label=line.name)
+    if 2 * len(pairs) <= _NAMED:
+        axes.legend(loc="best", fontsize=8)
+    axes.grid(alpha=0.25)
+    figure.tight_layout()
+    _save_png(path, Image.fromarray(_rasterize(figure)))
+
+
 def _label_ends(axes, ends: Sequence[tuple[float, float, str, object]]) -> None:  # type: ignore[no-untyped-def]
     """Names right of the axes at the heights of the curves' ends, moved apart where they would overlap."""
     bottom, top = (math.log(y) for y in axes.get_ylim())
