@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
 from collections.abc import Callable
 from functools import lru_cache
@@ -11,14 +12,17 @@ from functools import lru_cache
 import torch
 from torch import nn
 
+from sde.distributed import world
 from sde.errors import UserError, check_choice, suggest
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILE = (False, True, "auto", "graphs")
 
 
 def pick_device(name: str, option: str = "device") -> torch.device:
     """The device called `name`: "auto" (a GPU when there is one), "cpu", "cuda", "cuda:1".
+
+    Of several processes on one machine, each has a GPU of its own unless one is named by its number.
 
     Apple's "mps" is not among them: it has no float64, in which times and coefficients are computed.
 
@@ -26,7 +30,9 @@ def pick_device(name: str, option: str = "device") -> torch.device:
         UserError: for a name that is none, or a device that this machine lacks.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and world().size > 1:
+        name = f"cuda:{world().local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -37,6 +43,7 @@ def pick_device(name: str, option: str = "device") -> torch.device:
             raise UserError(f"{option}={name} is not there ({build}): use {option}=cpu or {option}=auto")
         if (device.index or 0) >= torch.cuda.device_count():
             raise UserError(f"{option}={name} is not there: this machine has {torch.cuda.device_count()} GPU(s)")
+        torch.cuda.set_device(device)  # where nccl and unnamed allocations go
     elif device.type != "cpu":
         raise UserError(f"{option}={name!r} is not supported: it is auto, cpu, cuda or cuda:0, ...")
     return device
@@ -50,20 +57,28 @@ def multiplies_bfloat16() -> bool:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[None]:
-    """A context in which networks compute in `precision`, "fp32" or "bf16".
+    """A context in which networks compute in `precision`, one of `PRECISIONS`.
 
-    On a CPU that has no units for bfloat16, where it would be slower and less accurate, "bf16" is float32.
+    "fp32" is what PyTorch makes of float32: convolutions of a GPU may use TF32, matrix products do not. "tf32" lets
+    both, from here on. On a CPU that has no units for bfloat16 or float16, where they would be slower and less accurate,
+    they are float32.
     """
     dtype = _dtype(device, precision)
+    if precision == "tf32":
+        torch.set_float32_matmul_precision("high")
     return contextlib.nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 def computes_in(device: torch.device, precision: str) -> str:
     """What `autocast` makes of `precision` on this device, in words."""
+    if precision == "fp64":
+        return "float64"
     dtype = _dtype(device, precision)
     if dtype is not PRECISIONS[precision]:
-        return "float32 (faster than bfloat16 on this CPU)"
-    return "float32" if dtype is torch.float32 else "bfloat16"
+        return f"float32 (faster than {str(PRECISIONS[precision]).removeprefix('torch.')} on this CPU)"
+    if precision == "tf32" and device.type == "cuda":
+        return "float32 (products in TF32)"
+    return str(dtype).removeprefix("torch.")
 
 
 def cast_weights(network: nn.Module, device: torch.device, precision: str) -> None:
@@ -75,6 +90,8 @@ def cast_weights(network: nn.Module, device: torch.device, precision: str) -> No
 
 
 def _dtype(device: torch.device, precision: str) -> torch.dtype:
+    if precision == "fp64":  # of training, where all is float64
+        return torch.float32
     check_choice("precision", precision, PRECISIONS)
     slow = device.type == "cpu" and not multiplies_bfloat16()
     return torch.float32 if slow else PRECISIONS[precision]
@@ -130,3 +147,14 @@ def keep_memory(device: torch.device) -> bool:
         return False
     wanted = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**26))
     return [mallopt(option, value) for option, value in wanted] == [1, 1, 1]
+
+
+def compute_repeatably(yes: bool) -> None:
+    """Let the same computation give the same bits on a GPU too, at some cost in time; on a CPU it does so anyway.
+
+    Otherwise let cuDNN measure which of its convolutions is fastest for the shapes it meets.
+    """
+    if yes:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(yes)
+    torch.backends.cudnn.benchmark = not yes
