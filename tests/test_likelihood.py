@@ -362,14 +362,12 @@ def test_the_clock_of_a_training_that_goes_on_is_the_last_of_training(tmp_path: 
 def test_wandb_gets_it_beside_trainings_own_steps(point_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the run's own W&B run, on an axis of its own, and in the summary."""
     wandb: Any = install(monkeypatch)
-    monkeypatch.setattr(wandb, "log", lambda values, step=None: wandb.logged.append((step, values)))
     run = point_run / "runs" / "p"
     (run / "wandb-id.txt").write_text("own123")
     arguments = ["logger=wandb", "method=continuous_bound", "bound.steps=2", "n=4"]
     summary, _, _ = evaluated(point_run, *arguments, out="w")
     assert wandb.started[0]["id"] == "own123"
-    ((step, values),) = wandb.logged
-    assert step is None
+    ((_, values),) = wandb.logged
     assert values["evaluation/step"] == 20
     assert values["likelihood/test/bits_per_dim"] == summary["bits_per_dim"]
     assert values["likelihood/test/histogram"] == ("image", True, "step 20")

@@ -41,7 +41,7 @@ class StandIn(ModuleType):
         self.started.append(options)
         if f"init {options['mode']}" in self.fails:
             raise ConnectionError(f"no answer\nin {options['settings']['init_timeout']} seconds")
-        self.id, self.url = options["id"] or "abc123", "https://wandb.example/run"
+        self.id, self.url = options["id"], "https://wandb.example/run"
         return self
 
     def define_metric(self, name: str, **options: Any) -> None:
@@ -99,7 +99,7 @@ def test_everything_goes_to_wandb_and_a_resumed_run_is_the_same_run(
     assert wandb.codes == [0]
     done = command("sde.train", "resume=r", "training.steps=30", folder=tmp_path)
     assert done.code == 0, done.err
-    assert wandb.started[1]["id"] == "abc123"
+    assert wandb.started[1]["id"] == wandb.started[0]["id"]
 
 
 @pytest.mark.parametrize(
@@ -178,8 +178,7 @@ def test_a_run_that_goes_back_loses_no_row(tmp_path: Path, monkeypatch: pytest.M
     assert wandb.logged[2][1]["media/trajectories"] == ("gif", True, "step 10")
     assert wandb.summary == {"best/train_loss": 1 / 30, "best/val_loss": 10.0}
     logger.finish(0)
-    # what W&B answers to the next leg of an online run; the summary's best goes on from the lines that are kept
-    wandb.starting_step = 33
+    # the next leg; its best begins with the lines that are kept
     wandb.summary.clear()
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 10, "val/loss": 10.0, "train/loss": 0.1}\n{"step": 30, "train/loss": 0.01}\n'
@@ -189,6 +188,16 @@ def test_a_run_that_goes_back_loses_no_row(tmp_path: Path, monkeypatch: pytest.M
         logger.log(step, {"train/loss": 1 / step, "val/loss": float(step)})
     assert rows(wandb, 9) == [(33, 30), (40, 40)]
     assert wandb.summary == {"best/train_loss": 1 / 40}
+    # of another leg W&B's server may know more
+    wandb.starting_step = 60
+    logger.start(tmp_path, {}, 40)
+    logger.evaluation(40, {"bits": 1.0}, {})
+    logger.log(50, {"train/loss": 1.0})
+    (tmp_path / "wandb-step.txt").write_text("")  # written to a full disk
+    logger.start(tmp_path, {}, 50)
+    logger.log(70, {"train/loss": 1.0})
+    assert wandb.logged[-3] == (60, {"evaluation/step": 40, "bits": 1.0})
+    assert rows(wandb, 12) == [(61, 50), (70, 70)]
 
 
 @pytest.mark.parametrize(
@@ -248,7 +257,9 @@ def test_a_run_that_cannot_be_online_is_offline(
     assert [start["mode"] for start in wandb.started] == ["online", "offline"]
     assert [step for step, _ in wandb.logged] == [10]
     err = capsys.readouterr().err
-    assert f"W&B cannot be reached (no answer): the run is written to {tmp_path / 'wandb'}, for wandb sync" in err
+    assert "W&B cannot be reached (no answer), so that the run is offline until it is resumed" in err
+    assert f"(upload it with wandb sync {tmp_path / 'wandb'})" in err
+    assert wandb.started[0]["id"] == wandb.started[1]["id"] == (tmp_path / "wandb-id.txt").read_text()
     assert err.count("warning") == 1
 
 

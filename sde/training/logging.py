@@ -3,12 +3,12 @@
 wandb is imported here alone, and only by a run with `logger=wandb`. Nothing that W&B does or fails to do ends a
 training: without wandb, without a network or with a wrong key, one sentence says what happens instead.
 
-Steps. W&B drops rows whose own step goes back, and a run that resumes goes back to its checkpoint. So every row has the
-training step as a metric of its own, `step`, which is the axis of all charts; W&B's internal step is the same number
-where it can be, and the next free one where training does again what it had logged already.
+Steps. W&B takes no row whose own step goes back, and a run that resumes goes back to its checkpoint. So every row has
+the training step as a metric of its own, `step`, the axis of all charts; W&B's internal step is the same number
+where it can be and otherwise the next free one, of which wandb-step.txt has the newest for the leg that comes next.
 
 Leg by leg. A run that resumes is the same W&B run: wandb-id.txt holds its id. Every offline leg lies in a folder of its
-own in RUN/wandb and is marked to be appended to what the run has; `wandb sync RUN/wandb` uploads them in their order.
+own in RUN/wandb, marked as one that resumes; `wandb sync RUN/wandb` uploads them in their order, each behind the other.
 
 Numbers about a checkpoint that are computed at any later time have another axis, evaluation/step.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import secrets
 import shlex
 import sys
 import time
@@ -176,7 +177,7 @@ class WandB(Logger):
             "project": self.project,
             "entity": self.entity,
             "dir": str(folder),
-            "id": (identity.read_text().strip() or None) if identity.exists() else None,
+            "id": identity.read_text().strip() if identity.exists() else _new_id(),
             "resume": "allow",
             "reinit": "finish_previous",  # of a --multirun, whose job before this one may have failed
             "config": dict(config),
@@ -191,7 +192,10 @@ class WandB(Logger):
 
     @_tolerant
     def _begin(self, folder: Path, step: int) -> None:
-        self._row = self._run.starting_step - 1
+        self._newest = folder / "wandb-step.txt"
+        known = self._newest.read_text() if self._newest.exists() else ""
+        # the server knows no offline leg that was not uploaded, and an offline leg knows no server
+        self._row = max(self._run.starting_step - 1, int(known) if known.isdecimal() else 0)
         self._best = _best(folder / "metrics.jsonl", step)
         write_text(folder / "wandb-id.txt", self._run.id)
 
@@ -212,7 +216,7 @@ class WandB(Logger):
             self._run = self._wandb.init(mode=mode, settings=settings, **options)
         except Exception as error:
             if mode == "online":
-                _warn(f"W&B cannot be reached ({_reason(error)}): the run is written to {files}, for {upload}")
+                _warn(f"W&B cannot be reached ({_reason(error)}), so that the run is offline until it is resumed")
                 return self._open("offline", folder, options)
             _warn(f"W&B cannot be started ({_reason(error)}), so that the run is recorded in metrics.jsonl alone")
             return None
@@ -248,7 +252,7 @@ class WandB(Logger):
             self._run.define_metric(name, step_metric=_EVALUATED)
         caption = f"step {step}"
         shown = {name: self._wandb.Image(str(path), caption=caption) for name, path in pictures.items()}
-        self._run.log({_EVALUATED: step, **metrics, **shown})
+        self._send(self._row + 1, {_EVALUATED: step, **metrics, **shown})
         self._run.summary.update(dict(metrics))  # an offline leg of a run may know no earlier step
 
     @_tolerant
@@ -265,8 +269,12 @@ class WandB(Logger):
         if not self._defined:
             self._run.define_metric(_STEP, hidden=True)
         self._defined |= values.keys()
-        self._row = max(step, self._row + 1)
-        self._run.log({_STEP: step, **values}, step=self._row, commit=True)
+        self._send(max(step, self._row + 1), {_STEP: step, **values})
+
+    def _send(self, row: int, values: Mapping[str, Any]) -> None:
+        self._run.log(dict(values), step=row, commit=True)
+        self._row = row
+        self._newest.write_text(str(row))
 
     def _by_level(self, metrics: Mapping[str, float]) -> dict[str, Any]:
         """A chart against log SNR and a column of a heat map for each quantity that is known by noise level."""
@@ -302,6 +310,11 @@ def by_level(metrics: Mapping[str, float]) -> dict[str, dict[float, float]]:
         if match and abs(value) < float("inf"):
             found.setdefault(match[1], {})[float(match[2])] = value
     return {quantity: dict(sorted(values.items())) for quantity, values in found.items()}
+
+
+def _new_id() -> str:
+    """A W&B run's id, known before W&B answers: what is begun online and what goes on offline is one run."""
+    return os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)  # the former is a sweep's
 
 
 def _edges(centers: list[float]) -> list[float]:
