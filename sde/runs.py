@@ -154,10 +154,16 @@ def find_run(path: str | int | None, root: Path = RUNS) -> Run:
         if not folder.is_dir():
             raise UserError(f"run={path} does not exist: give the folder of a run, or leave run= out for the newest")
         return Run(folder)
-    folders = {file.parent.parent for file in root.glob("**/checkpoints/step-*.pt")}
+    files = root.glob("**/checkpoints/step-*.pt")
+    folders = {file.parent.parent for file in files if not _hidden(file.relative_to(root))}
     if not folders:
         raise UserError(f"there is no run to use in {root.resolve()}: train one with python -m sde.train, or give run=")
     return Run(max(folders, key=lambda folder: max(f.stat().st_mtime for f in folder.glob("checkpoints/step-*.pt"))))
+
+
+def _hidden(path: Path) -> bool:
+    """Whether it lies in a hidden folder, such as what an interrupted removal leaves."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def open_checkpoint(run: Run, which: str | int) -> Checkpoint:

@@ -5,8 +5,8 @@
     stopped    it has not: `python -m sde.train resume=RUN` goes on
     empty      there is no checkpoint
 
-A run is a folder with a config.yaml. Nothing below a run is looked at for further runs, links to folders are not
-followed, hidden folders are passed over.
+A run is a folder with a config.yaml and a data.json. Nothing below a run is looked at for further runs, links to
+folders are not followed, hidden folders are passed over.
 """
 
 from __future__ import annotations
@@ -124,6 +124,16 @@ class Summary:
         """The last value of the metric."""
         return self._values[-1] if self._values else None
 
+    def best_checkpoint(self) -> int | None:
+        """The step of the checkpoint at which the metric was the best; None without values of it."""
+        at: dict[int, float] = {}
+        for step, _ in list_checkpoints(self.run.checkpoints):
+            before = [value.value for value in self._values if value.step <= step and value.value == value.value]
+            if before:
+                at[step] = before[-1]
+        choose = max if self.metric.maximize else min
+        return choose(at, key=lambda step: at[step]) if at else None
+
     def part(self, group: str) -> str | None:
         """The name of the class that `group` of the configuration builds."""
         node = self.config.get(group)
@@ -232,7 +242,7 @@ def _run_folders(folder: Path) -> Iterator[Path]:
     for entry in entries:
         if entry.name.startswith(".") or not entry.is_dir(follow_symlinks=False):
             continue
-        if os.path.isfile(os.path.join(entry.path, "config.yaml")):
+        if all(os.path.isfile(os.path.join(entry.path, name)) for name in ("config.yaml", "data.json")):
             yield Path(entry.path)
         else:
             yield from _run_folders(Path(entry.path))
@@ -271,3 +281,31 @@ def named_run(runs: Sequence[Summary], name: str, option: str) -> Summary:
         raise UserError(f"{option}={name} could be any of {len(found)} runs ({some}): write more of the name")
     hint = suggest(name, [run.name for run in runs] + [run.run.path.name for run in runs])
     raise UserError(f"{option}={name} is none of the {len(runs)} runs that python -m sde.runs lists{hint}")
+
+
+# Words for numbers
+
+
+def readable_bytes(count: float) -> str:
+    """Such as 1.2 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 10 else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def readable_time(seconds: float | None) -> str:
+    """Hours, minutes and seconds."""
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
+def readable_age(seconds: float) -> str:
+    """Such as 5 min."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
