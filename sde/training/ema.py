@@ -302,7 +302,7 @@ class Averages:
             for key, tensor in full_state(self.networks[name]).items():
                 tensors[f"{name}/{key}"] = tensor.detach().cpu().contiguous().clone()
         if is_main():
-            about = {"format": FORMAT, "step": str(step), "std": json.dumps(list(kept.values()))}
+            about = {"about": json.dumps({"format": FORMAT, "step": step, "std": list(kept.values())})}
             with new_file(path) as temporary:
                 safetensors.torch.save_file(tensors, temporary, metadata=about)
         return path

@@ -132,7 +132,7 @@ def list_snapshots(folder: Path, network: nn.Module) -> list[Snapshot]:
     for path in sorted(folder.glob("snapshot-*.safetensors")):
         try:
             found.append(_read_header(path, shapes))
-        except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = str(error).strip().splitlines()[0]
             print(f"warning: {path} is damaged or of another network and passed over ({reason})", file=sys.stderr)
     return sorted(found, key=lambda snapshot: snapshot.step)
@@ -141,10 +141,10 @@ def list_snapshots(folder: Path, network: nn.Module) -> list[Snapshot]:
 def _read_header(path: Path, shapes: Mapping[str, list[int]]) -> Snapshot:
     """What a file says of itself, checked; opening it checks that it is as long as it has to be."""
     with safetensors.safe_open(path, "pt") as file:
-        about = file.metadata() or {}
+        about = json.loads((file.metadata() or {}).get("about", "{}"))
         if about.get("format") != FORMAT:
             raise ValueError(f"its format is {about.get('format')!r} and not {FORMAT!r}")
-        snapshot = Snapshot(path, int(about["step"]), tuple(float(std) for std in json.loads(about["std"])))
+        snapshot = Snapshot(path, int(about["step"]), tuple(float(std) for std in about["std"]))
         wanted = {f"{std_name(std)}/{key}": shape for std in snapshot.widths for key, shape in shapes.items()}
         if {name: file.get_slice(name).get_shape() for name in file.keys()} != wanted:  # noqa: SIM118 - not a dict
             raise ValueError("its tensors are not those of the network")
