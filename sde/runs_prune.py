@@ -109,10 +109,9 @@ def why_left(run: Summary) -> str | None:
 
 
 def old_checkpoints(run: Summary, keep: int) -> list[tuple[int, Path]]:
-    """The checkpoints but the newest `keep` and the best one: that at whose step the metric was the best."""
-    known = list_checkpoints(run.run.checkpoints)
-    best = run.best_checkpoint()
-    return [(step, path) for step, path in known[:-keep] if step != best and not path.is_symlink()]
+    """The checkpoints but the newest `keep` and those that are protected."""
+    old, protected = list_checkpoints(run.run.checkpoints)[:-keep], run.protected()
+    return [(step, path) for step, path in old if step not in protected and not path.is_symlink()]
 
 
 def checkpoints_of(run: Summary, keep: int) -> Removal:

@@ -124,15 +124,27 @@ class Summary:
         """The last value of the metric."""
         return self._values[-1] if self._values else None
 
-    def best_checkpoint(self) -> int | None:
-        """The step of the checkpoint at which the metric was the best; None without values of it."""
-        at: dict[int, float] = {}
-        for step, _ in list_checkpoints(self.run.checkpoints):
-            before = [value.value for value in self._values if value.step <= step and value.value == value.value]
-            if before:
-                at[step] = before[-1]
-        choose = max if self.metric.maximize else min
-        return choose(at, key=lambda step: at[step]) if at else None
+    def protected(self) -> set[int]:
+        """The steps whose checkpoints are worth more than their age says.
+
+        That where the metric was the best, that of the run's own `training.keep_best`, and multiples of its
+        `training.keep_every`.
+        """
+        training = self.config.get("training")
+        own = training if isinstance(training, dict) else {}
+        steps = [step for step, _ in list_checkpoints(self.run.checkpoints)]
+        every = own.get("keep_every")
+        kept = {step for step in steps if isinstance(every, int) and every > 0 and step % every == 0}
+        metrics = [self.metric, *([Metric(str(own["keep_best"]))] if own.get("keep_best") else [])]
+        return kept | {step for metric in metrics if (step := self._best_of(steps, metric)) is not None}
+
+    def _best_of(self, steps: Sequence[int], metric: Metric) -> int | None:
+        """Which of `steps` had the best value of a metric, the last one measured by then."""
+        values = [value for value in self._values_of(metric.name) if value.value == value.value]
+        at = {step: [value.value for value in values if value.step <= step] for step in steps}
+        measured = [step for step in steps if at[step]]
+        choose = max if metric.maximize else min
+        return choose(measured, key=lambda step: at[step][-1]) if measured else None
 
     def part(self, group: str) -> str | None:
         """The name of the class that `group` of the configuration builds."""
@@ -171,9 +183,12 @@ class Summary:
 
     @cached_property
     def _values(self) -> list[Value]:
-        key = json.dumps(self.metric.name).encode()
+        return self._values_of(self.metric.name)
+
+    def _values_of(self, name: str) -> list[Value]:
+        key = json.dumps(name).encode()
         lines = [_parsed(raw) for raw in self._lines if key in raw]  # most lines are not parsed
-        numbers = [(line.get(self.metric.name, ""), line["step"]) for line in lines if line is not None]
+        numbers = [(line.get(name, ""), line["step"]) for line in lines if line is not None]
         return [
             Value(float("nan") if value is None else float(value), step)
             for value, step in numbers
