@@ -1,0 +1,203 @@
+"""What a run folder holds, for a reader who may come while it is being written and touches nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sde.data import DataInfo
+from sde.errors import UserError
+from sde.registry import Registry
+from sde.runs import Run, build_denoiser, find_run
+from sde.training.metrics import read_metrics
+
+try:
+    import fcntl
+except ImportError:  # Windows has no fcntl
+    fcntl = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run as its folder tells it.
+
+    Args:
+        path: the folder.
+        name: what the page calls it.
+        lines: all lines of metrics.jsonl in the order of their steps, numbers that are none as None.
+        config: its configuration.
+        data: data.json; empty where there is none.
+        environment: environment.json; empty where there is none.
+        running: whether a process holds the run's lock.
+    """
+
+    path: Path
+    name: str
+    lines: list[dict[str, Any]]
+    config: dict[str, Any]
+    data: dict[str, Any]
+    environment: dict[str, Any]
+    running: bool
+
+    @cached_property
+    def training(self) -> list[dict[str, Any]]:
+        """The lines that training wrote."""
+        return [line for line in self.lines if line.get("seconds") is not None]
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The lines that later evaluations wrote."""
+        return [line for line in self.lines if line.get("seconds") is None]
+
+    @property
+    def step(self) -> int:
+        """Of the newest line of training; 0 before the first."""
+        return int(self.training[-1]["step"]) if self.training else 0
+
+    @property
+    def steps(self) -> int | None:
+        """How many the run shall have."""
+        wanted = (self.config.get("training") or {}).get("steps")
+        return wanted if isinstance(wanted, int) else None
+
+    @property
+    def seconds(self) -> float:
+        """Trained so far."""
+        return max((float(line["seconds"]) for line in self.training), default=0.0)
+
+    @property
+    def state(self) -> str:
+        """In one word."""
+        if self.running:
+            return "running"
+        if self.steps is not None and self.step >= self.steps:
+            return "finished"
+        return "stopped" if self.training else "not begun"
+
+    @cached_property
+    def parameters(self) -> int | None:
+        """Numbers that are learned; None where this version cannot build the network that the run describes."""
+        try:
+            with torch.device("meta"):
+                network = build_denoiser(self.config, DataInfo.from_dict(self.data)).network
+        except Exception:  # a record of any age and origin is shown with what it has
+            return None
+        return sum(p.numel() for p in network.parameters() if p.requires_grad)
+
+    def newest(self, name: str) -> float | None:
+        """The newest number called `name`."""
+        values = (line[name] for line in reversed(self.lines) if isinstance(line.get(name), float | int))
+        return next(values, None)
+
+    def best(self, name: str) -> tuple[int, float] | None:
+        """(step, value) of the least number called `name`."""
+        found = [(line[name], line["step"]) for line in self.lines if isinstance(line.get(name), float | int)]
+        return None if not found else (min(found)[1], min(found)[0])
+
+    def commands(self) -> list[tuple[str, str]]:
+        """(what it does, command line) that a reader may want next."""
+        path = Path(os.path.relpath(self.path)) if self.path.resolve().is_relative_to(Path.cwd()) else self.path
+        more = f" training.steps={2 * self.step}" if self.state == "finished" else ""
+        resume = shlex.join(["python", "-m", "sde.train", f"resume={path}"]) + more
+        sample = shlex.join(["python", "-m", "sde.sample", f"run={path}"])
+        return [("goes on", resume), ("draws samples", sample)]
+
+
+def choose_runs(wanted: Any, root: Path) -> list[Run]:
+    """The runs that `run=` names: a folder, a list of folders, or the newest below `root` that has a record.
+
+    Raises:
+        UserError: when one does not exist, or there is none.
+    """
+    if isinstance(wanted, list):
+        if not wanted:
+            raise UserError("run=[] leaves nothing to show: name a folder, as run=FOLDER, or several, as run=[A,B]")
+        runs = [find_run(path, root) for path in wanted]
+        return list({run.path.resolve(): run for run in runs}.values())
+    if wanted not in (None, "latest"):
+        return [find_run(wanted, root)]
+    files = [file for file in root.glob("**/metrics.jsonl") if file.with_name("config.yaml").is_file()]
+    if not files:
+        raise UserError(f"there is no run to show in {root.resolve()}: make one with python -m sde.train, or give run=")
+    return [Run(max(files, key=lambda file: file.stat().st_mtime).parent)]
+
+
+def read_record(run: Run, name: str | None = None) -> Record:
+    """Read the folder of a run.
+
+    Raises:
+        UserError: when it has no configuration or no metrics, or they are damaged.
+    """
+    config = run.config()
+    try:
+        lines = read_metrics(run.metrics)
+    except FileNotFoundError:
+        raise UserError(f"run={run.path} has no metrics.jsonl: give the folder that training made") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{run.metrics} is damaged (it is no text): restore it or train again") from None
+    for line in lines:
+        for key, value in line.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                line[key] = None
+    lines.sort(key=lambda line: line["step"])
+    return Record(
+        path=run.path,
+        name=name or run.path.resolve().name,
+        lines=lines,
+        config=config,
+        data=_read_object(run.path / "data.json"),
+        environment=_read_object(run.path / "environment.json"),
+        running=is_running(run),
+    )
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def is_running(run: Run) -> bool:
+    """Whether a process is writing the run; False also where the file system has no locks to tell."""
+    file = run.path / ".lock"
+    if fcntl is None or not file.exists():
+        return False
+    try:
+        with file.open() as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def short_names(runs: list[Run]) -> list[str]:
+    """The last part of each run's path, and as many before it as tell the runs apart."""
+    paths = [run.path.resolve().parts for run in runs]
+    for parts in range(1, max(len(path) for path in paths) + 1):
+        names = ["/".join(path[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def component(config: Mapping[str, Any], group: str) -> str:
+    """What the command line calls the class of a group: "vp"; the class's own name where it is not registered."""
+    target = str((config.get(group) or {}).get("_target_", "-"))
+    for registry in Registry.all:
+        for name, cls in registry.items():
+            if f"{cls.__module__}.{cls.__qualname__}" == target:
+                return name
+    return target.rpartition(".")[2]
