@@ -209,10 +209,10 @@ class WandB(Logger):
 
     def _open(self, mode: str, folder: Path, options: Mapping[str, Any]) -> None:
         """Start the run, offline when it cannot be online, and not at all when that fails too."""
-        settings = self._wandb.Settings(init_timeout=self.timeout, finish_timeout=self.timeout)
         files = folder / "wandb"
         upload = f"wandb sync {shlex.quote(str(files))}"
         try:
+            settings = self._wandb.Settings(init_timeout=self.timeout, finish_timeout=self.timeout)
             self._run = self._wandb.init(mode=mode, settings=settings, **options)
         except Exception as error:
             if mode == "online":
@@ -220,9 +220,8 @@ class WandB(Logger):
                 return self._open("offline", folder, options)
             _warn(f"W&B cannot be started ({_reason(error)}), so that the run is recorded in metrics.jsonl alone")
             return None
-        print(
-            f"W&B run: {self._run.url if mode == 'online' else f'{files} (upload it with {upload})'}", file=sys.stderr
-        )
+        where = self._run.url if mode == "online" else f"{files} (upload it with {upload})"
+        print(f"W&B run: {where}", file=sys.stderr)
         return None
 
     @_tolerant
