@@ -176,7 +176,7 @@ def fitted(rows: Sequence[Mapping[str, str]], width: int | None) -> list[str]:
     """Lines of aligned columns; columns are left out, then names shortened, until they fit into `width`."""
     columns = list(rows[0])
     sizes = {column: max(len(line[column]) for line in rows) for column in columns}
-    for column in _DROPPED:
+    for column in filter(sizes.get, _DROPPED):
         least = sum(sizes[name] for name in columns if name != "run") + 2 * (len(columns) - 1)
         if width is None or least + min(sizes["run"], _NARROW) <= width:
             break
