@@ -29,9 +29,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sde.config import closest_key, conf_dir, import_plugins, plain
-from sde.errors import UserError, check_choice, suggest
+from sde.distributed import is_main, join, leave, lost_another, printing_on_main, say_once, world
+from sde.errors import Fault, UserError, check_choice, suggest
 
-RESUMABLE = "training, ema, optimizer and logger, and preview_steps"
+RESUMABLE = "training, ema, optimizer, schedule and logger, and preview_steps"
 Command = Callable[[dict[str, Any]], None]
 
 
@@ -48,7 +49,7 @@ class Interrupted(Exception):
         self.code = code
 
 
-def run_command(name: str, command: Command) -> None:
+def run_command(name: str, command: Command, *, several: bool = False) -> None:
     """Compose `conf/<name>.yaml` with the overrides in `sys.argv`, call `command` with plain values, and exit.
 
     In a sweep (`--multirun`) every job is called, in this process or where a launcher of Hydra puts it; one that fails
@@ -57,15 +58,20 @@ def run_command(name: str, command: Command) -> None:
     Args:
         name: of the configuration file, without ending.
         command: receives the resolved configuration.
+        several: whether the processes that torchrun starts can share its work.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here whole, and are made readable here
     sys.argv[1:] = flags_first([quoted(word) for word in sys.argv[1:]])
     job = Job(name, command)
     _FAILURES.clear()
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(job)()
+        if world().size > 1:
+            meet_others(name, several)
+        with printing_on_main():
+            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(job)()
         if job.error is not None:
             raise job.error
+        leave()
     except (Exception, KeyboardInterrupt) as error:
         failure = explain(error, name)
         if failure is None:
@@ -73,6 +79,21 @@ def run_command(name: str, command: Command) -> None:
         _FAILURES.append(failure)
     if _FAILURES:
         _leave(_FAILURES)
+
+
+def meet_others(name: str, several: bool) -> None:
+    """Meet the other processes that torchrun has started; rank 0 alone gets a folder from Hydra.
+
+    Raises:
+        UserError: when the command works in one process alone.
+    """
+    if not several:
+        raise UserError(f"python -m sde.{name} works in one process: start it without torchrun")
+    if {"-m", "--multirun"} & set(sys.argv):
+        raise UserError("--multirun starts one run after the other: leave it out, or start it without torchrun")
+    join()
+    if not is_main():
+        sys.argv.append("hydra.run.dir=.")
 
 
 @dataclass(frozen=True)
@@ -192,6 +213,10 @@ def explain(error: BaseException, name: str) -> Failure | None:
         return Failure(explain_hydra(str(error), name), 2)
     if isinstance(error, KeyboardInterrupt):
         return Failure("interrupted; nothing was left half-written", 130, prefix="")
+    if isinstance(error, Fault):
+        return Failure(str(error), 1)
+    if lost_another(error):
+        return Failure("another process has ended in the middle of the work: its reason stands above or below", 1)
     if isinstance(error, torch.OutOfMemoryError):
         advice = "lower the batch size or the size of the model"
         return Failure(f"the device is out of memory ({_first_line(error)}): {advice}", 1)
@@ -247,7 +272,8 @@ def _leave(failures: list[Failure]) -> None:
     """Exit with the first code that is not 0; jobs of a sweep have said their sentences, which are listed again."""
     sys.stdout.flush()
     for failure in dict.fromkeys(failures):
-        print(failure, file=sys.stderr)
+        if say_once(str(failure)):
+            print(failure, file=sys.stderr)
     sys.exit(next((failure.code for failure in failures if failure.code), 0))
 
 

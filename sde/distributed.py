@@ -121,7 +121,7 @@ def _torchrun_store() -> dist.Store | None:
 def say_once(sentence: str) -> bool:
     """Whether this process is the first of all to ask to say `sentence`."""
     if not dist.is_initialized():
-        return True
+        return is_main()
     name = f"sde/said/{hashlib.sha256(sentence.encode()).hexdigest()}"
     try:
         return dist.distributed_c10d._get_default_store().add(name, 1) == 1

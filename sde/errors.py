@@ -16,6 +16,11 @@ class UserError(ValueError):
     """Something that the user asked for cannot be done; the message says what, what is allowed and the fix."""
 
 
+class Fault(Exception):
+    """Something that nothing in the input has caused, such as a lack of memory; the message is one sentence with a way
+    out, and a command leaves with exit code 1."""
+
+
 def suggest(value: object, allowed: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` when `value` is close to one of `allowed`, otherwise an empty string."""
     names = list(allowed)

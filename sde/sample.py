@@ -28,14 +28,14 @@ from sde.devices import autocast, pick_device
 from sde.errors import UserError, check_choice, check_flag
 from sde.files import write_json
 from sde.grids import GRIDS, Grid
-from sde.pictures import save_animation, save_grid, save_scatter, save_score_field, scatter, tile
+from sde.pictures import save_grid, save_scatter, save_score_field
 from sde.progress import progress_bar
 from sde.sampling import NOISES, Plan, denoised_at_the_end, draw, draw_batch, make_times
 from sde.solvers import SOLVERS, Solver
 from sde.training.checkpoint import Checkpoint
 from sde.training.stopping import StopRequest
+from sde.trajectory import Trajectory, can_be_shown
 
-_FRAMES = 60  # of a trajectory
 _SHOWN = 256  # pictures in a grid
 
 
@@ -172,32 +172,14 @@ def draw_pictures(folder: Path, samples: Tensor, info: DataInfo, denoiser: Denoi
 
 @torch.no_grad()
 def draw_trajectory(path: Path, denoiser: Denoiser, plan: Plan, info: DataInfo, n: int, labels: Tensor | None) -> None:
-    """An animation of the first `n` samples' way from noise to data, scaled to constant spread."""
-    if info.kind != "pixels" and info.shape != (2,):
+    """An animation of the first `n` samples' way from noise to data."""
+    if not can_be_shown(info):
         print(f"trajectory=true has no picture for data of shape {tuple(info.shape)}: left out")
         return
-    sde, frames = denoiser.sde, []
-    every = max(1, len(plan.times) // _FRAMES)
-    seen = 0
-
-    def keep(_share: float, t: float, x: Tensor | None) -> None:
-        nonlocal seen
-        if x is None:
-            return
-        seen += 1
-        if seen % every == 0 or t == plan.times[-1]:
-            # x_t of data with standard deviation 1/2, brought back to that standard deviation
-            spread = float(torch.hypot(0.5 * sde.alpha(t), sde.sigma(t)))
-            frames.append((x * (0.5 / spread)).cpu())
-
+    way = Trajectory(denoiser.sde, plan.times, n)
     label = None if labels is None else labels[:n].to(plan.device)
-    solution = draw_batch(denoiser, plan, range(n), label, keep)
-    frames.append(solution.x.cpu())
-    if info.kind == "pixels":
-        save_animation(path, [tile(info.decode(frame)) for frame in frames])
-    else:
-        limit = max(0.1, 1.2 * max(float(frame.nan_to_num(0, 0, 0).abs().quantile(0.995)) for frame in frames))
-        save_animation(path, [scatter(frame, limit=limit) for frame in frames])
+    solution = draw_batch(denoiser, plan, range(n), label, way.keep)
+    way.save(path, solution.x, info)
 
 
 if __name__ == "__main__":

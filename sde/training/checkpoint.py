@@ -8,7 +8,9 @@ checks every record first, then loads with `weights_only=True`, which builds ten
     step      number of optimizer steps made
     config    the run's configuration       data   the facts about its data
     model     state of the network          ema    the same with averaged weights
-    optimizer state of the optimizer        best   (optional) further plain values
+    averages  states of further averages by name (`ema`)
+    optimizer state of the optimizer        scaler that of the scale of a loss in fp16
+    skipped   steps left out for a gradient that was not finite
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import re
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,9 +72,38 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in named if match)
 
 
-def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep`; 0 keeps all."""
-    for _, path in list_checkpoints(folder)[:-keep] if keep else []:
+def prune_checkpoints(folder: Path, keep: int, every: int = 0, best: int | None = None) -> None:
+    """Delete old checkpoints.
+
+    Args:
+        folder: where they lie.
+        keep: newest ones that stay; 0 for all.
+        every: steps of which multiples stay; 0 for none.
+        best: a step whose checkpoint stays.
+    """
+    for step, path in list_checkpoints(folder)[:-keep] if keep else []:
+        if step != best and not (every and step % every == 0):
+            path.unlink(missing_ok=True)
+
+
+def best_step(steps: Iterable[int], metrics: Iterable[Mapping[str, Any]], name: str) -> int | None:
+    """Which of the checkpoints' `steps` has the lowest value of a metric, the earliest of equal ones.
+
+    Args:
+        steps: of checkpoints.
+        metrics: lines of a metrics.jsonl; those with a checkpoint's step count.
+        name: of the metric.
+    """
+    known, found = set(steps), {}
+    for line in metrics:
+        if line["step"] in known and isinstance(line.get(name), int | float):
+            found[line["step"]] = line[name]
+    return min(found, key=lambda step: (found[step], step), default=None)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what processes left that were killed in the middle of writing a checkpoint; nobody may be writing."""
+    for path in folder.glob(".step-*.pt.*"):
         path.unlink(missing_ok=True)
 
 

@@ -32,7 +32,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sde.distributed import full_state, is_main, load_full_state, local
 from sde.errors import UserError, check_flag, check_number
@@ -112,6 +112,7 @@ class Average(ABC):
     def __init__(self, network: nn.Module) -> None:
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         self._source = network
+        self._tensors: tuple[list[Tensor], ...] | None = None
 
     @abstractmethod
     def weight(self, step: int) -> float:
@@ -123,12 +124,14 @@ class Average(ABC):
         reshard = getattr(self.network, "reshard", None)
         if callable(reshard):  # FSDP2 leaves whole weights behind after drawing samples
             reshard()
-        averages = [local(p) for p in self.network.parameters()]
+        if self._tensors is None:  # walking through the modules takes longer than the rest
+            networks = (self.network, self._source)
+            self._tensors = (*(list(n.parameters()) for n in networks), *(list(n.buffers()) for n in networks))
+        averages, weights, buffers, present = ([local(x) for x in tensors] for tensors in self._tensors)
         if averages:
-            torch._foreach_lerp_(averages, [local(p) for p in self._source.parameters()], self.weight(step))
-        buffers = [local(b) for b in self.network.buffers()]
+            torch._foreach_lerp_(averages, weights, self.weight(step))
         if buffers:
-            torch._foreach_copy_(buffers, [local(b) for b in self._source.buffers()])
+            torch._foreach_copy_(buffers, present)
 
 
 class EMA(Average):

@@ -15,6 +15,7 @@ Numbers about a checkpoint that are computed at any later time have another axis
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -212,8 +213,7 @@ class WandB(Logger):
         files = folder / "wandb"
         upload = f"wandb sync {shlex.quote(str(files))}"
         try:
-            settings = self._wandb.Settings(init_timeout=self.timeout, finish_timeout=self.timeout)
-            self._run = self._wandb.init(mode=mode, settings=settings, **options)
+            self._run = self._wandb.init(mode=mode, settings=self._settings(), **options)
         except Exception as error:
             if mode == "online":
                 _warn(f"W&B cannot be reached ({_reason(error)}), so that the run is offline until it is resumed")
@@ -223,6 +223,13 @@ class WandB(Logger):
         where = self._run.url if mode == "online" else f"{files} (upload it with {upload})"
         print(f"W&B run: {where}", file=sys.stderr)
         return None
+
+    def _settings(self) -> Any:
+        waits = {"init_timeout": self.timeout, "finish_timeout": self.timeout}
+        flush = "x_transaction_log_flush_interval"  # not a setting that W&B promises to keep
+        if flush in getattr(self._wandb.Settings, "model_fields", ()):
+            waits[flush] = 1.0  # instead of 15 s, that are lost when everything is killed at once
+        return self._wandb.Settings(**waits)
 
     @_tolerant
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -258,7 +265,12 @@ class WandB(Logger):
     def finish(self, code: int) -> None:
         """Close the run."""
         run, self._run = self._run, None
-        run.finish(exit_code=code)
+        try:
+            run.finish(exit_code=code)
+        except Exception:
+            with contextlib.suppress(Exception):
+                self._wandb.teardown()  # of what would print a traceback at exit, and fail the next job of a --multirun
+            raise
 
     def _write(self, step: int, values: Mapping[str, Any]) -> None:
         """A row of the run's history, sent at once; a run that is killed loses none."""

@@ -4,31 +4,54 @@ Everything random in step k - the examples, the flips, the times, the noise, dro
 So a run that was interrupted goes on exactly, and nothing has to be saved for it besides weights, averaged weights
 and the optimizer.
 
+A step's batch is cut into equal parts: one for each process, and these into `accumulation` parts that go through the
+network one after the other. Every example's noise depends on its row of the batch alone, and the seed of dropout on
+the number of the part among all, so that two processes make the step that one process makes, with dropout if it cuts the
+batch into as many parts. The loss is the mean over the whole batch.
+
 Losses stay on the device until they are logged: the loop waits for the device every `log_every` steps only, and looks
 then for a step whose loss was not finite.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import resource
+import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from sde.denoiser import Denoiser
 from sde.devices import autocast
+from sde.distributed import (
+    Agreement,
+    full_optimizer_state,
+    full_state,
+    is_main,
+    load_full_optimizer_state,
+    load_full_state,
+    part_of,
+    total,
+    world,
+)
 from sde.errors import UserError
 from sde.losses import DenoisingScoreMatching
 from sde.progress import progress_bar
 from sde.randomness import step_seed
 from sde.training.batches import Batches
-from sde.training.ema import EMA
+from sde.training.ema import Averages
 from sde.training.options import TrainingOptions
+from sde.training.parallel import Objective, spread_objective
+from sde.training.schedules import Constant, Schedule
 from sde.training.stopping import StopRequest
+
+LEVELS = 10  # noise levels by which errors are told apart, equal in log-SNR
 
 
 @dataclass
@@ -37,150 +60,264 @@ class Trainer:
 
     Args:
         denoiser: holds the network; on the training device.
-        ema: averaged weights of the same network.
+        averages: averaged weights of the same network.
         loss: the objective.
         optimizer: of the network's parameters.
         options: how.
-        batches: the examples.
+        batches: the examples; this process's rows of each batch.
+        schedule: of the learning rate.
         step: optimizer steps made so far.
+        skipped: how many of them left the weights as they were, for a gradient that was not finite.
+
+    Attributes:
+        averaged: a denoiser with the first of the averages.
     """
 
     denoiser: Denoiser
-    ema: EMA
+    averages: Averages
     loss: DenoisingScoreMatching
     optimizer: torch.optim.Optimizer
     options: TrainingOptions
     batches: Batches
+    schedule: Schedule = field(default_factory=Constant)
     step: int = 0
+    skipped: int = 0
 
     def __post_init__(self) -> None:
+        options, size = self.options, world().size
         self.device = self.batches.device
         self.lr = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.parameters = [p for p in self.denoiser.network.parameters() if p.requires_grad]
-        self.averaged = Denoiser(self.ema.network, self.denoiser.sde, self.denoiser.parameterization)
-        log_every = self.options.log_every
-        self._losses = torch.zeros(log_every, 2, dtype=torch.float32, device=self.device)
-        self._times = torch.zeros(log_every, self.options.batch_size, dtype=torch.float64, device=self.device)
+        self.averaged = Denoiser(self.averages.primary, self.denoiser.sde, self.denoiser.parameterization)
+        self.objective = Objective(self.denoiser, self.loss)
+        self.spread = spread_objective(self.objective, options.parallel, self.device)
+        parts = options.parts(size)
+        own = part_of(parts, world().rank, size)
+        self._parts = [(part, part_of(options.batch_size, part, parts)) for part in own]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "fp16")  # type: ignore[attr-defined]
+        self._skips_on_device = bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
+        rows = options.log_every
+        examples = len(self.batches.rows)
+        self._losses = torch.zeros(rows, 2, dtype=options.dtype, device=self.device)
+        self._errors = torch.zeros(rows, examples, dtype=options.dtype, device=self.device)
+        self._times = torch.zeros(rows, options.batch_size, dtype=torch.float64, device=self.device)
         self._logged_from = self.step
 
     def make_step(self) -> None:
         """One optimizer step; its loss and gradient norm stay on the device until `flush`."""
-        options, step = self.options, self.step
-        torch.manual_seed(step_seed(options.seed, step, "dropout"))
+        options, step, first = self.options, self.step, self.batches.rows.start
         generator = torch.Generator(self.device).manual_seed(step_seed(options.seed, step, "noise"))
         x0, label = self.batches(step)
-        t = self.loss.draw_times(self.denoiser.sde, len(x0), generator, self.device)
-        z = torch.empty_like(x0).normal_(generator=generator)
+        t = self.loss.draw_times(self.denoiser.sde, options.batch_size, generator, self.device)
+        z = self.batches.noise(step, "noise of the examples")
         if x0.ndim == 4:
             x0, z = (v.contiguous(memory_format=torch.channels_last) for v in (x0, z))
-        total = torch.zeros((), device=self.device)
-        parts = options.accumulation
-        labels = [None] * parts if label is None else label.chunk(parts)
-        for part in zip(x0.chunk(parts), z.chunk(parts), t.chunk(parts), labels, strict=True):
-            with autocast(self.device, options.precision):
-                losses, _ = self.loss.at(self.denoiser, *part)
-            loss = losses.sum() / len(x0)
-            loss.backward()
-            total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(self.parameters, options.clip or math.inf, foreach=True)
-        for group, lr in zip(self.optimizer.param_groups, self.lr, strict=True):
-            group["lr"] = lr * min(1.0, (step + 1) / options.warmup) if options.warmup else lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(step)
         row = step % options.log_every
-        self._losses[row, 0], self._losses[row, 1] = total, norm
+        self._losses[row] = 0
+        for part, rows in self._parts:
+            torch.manual_seed(step_seed(options.seed, step, f"dropout {part}"))
+            mine = slice(rows.start - first, rows.stop - first)
+            last = part == self._parts[-1][0]
+            with self.spread.accumulating(not last), autocast(self.device, options.precision):
+                losses, errors = self.spread.objective(
+                    x0[mine], z[mine], t[rows.start : rows.stop], None if label is None else label[mine]
+                )
+            loss = losses.sum() / options.batch_size
+            # gradients are averaged over processes, and have to be added up
+            self.scaler.scale(loss * world().size).backward()
+            self._losses[row, 0] += loss.detach()
+            self._errors[row, mine] = errors.detach()
         self._times[row] = t
+        self._losses[row, 1] = self._update(step)
+        self.averages.update(step)
         self.step = step + 1
 
+    def _update(self, step: int) -> Tensor:
+        """Change the weights; gives the norm of the gradient before clipping."""
+        options = self.options
+        self.scaler.unscale_(self.optimizer)
+        norm = self.spread.clip(self.parameters, options.clip or math.inf)
+        factor = self.schedule(step, options.steps, options.warmup)
+        for group, lr in zip(self.optimizer.param_groups, self.lr, strict=True):
+            group["lr"] = lr * factor
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif options.non_finite == "skip":
+            self._step_if(torch.isfinite(norm))
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _step_if(self, finite: Tensor) -> None:
+        """An optimizer step unless the gradient was not finite, which a fused optimizer finds out on the device."""
+        if self._skips_on_device:
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+            del self.optimizer.grad_scale, self.optimizer.found_inf  # type: ignore[attr-defined]
+        elif bool(finite):
+            self.optimizer.step()
+
     def flush(self, last_good: Callable[[], str]) -> dict[str, float]:
-        """Mean loss and gradient norm since the last flush; waits for the device.
+        """Means since the last flush, over all processes: loss, gradient norm, error by noise level. Waits for the device.
 
         Args:
             last_good: names the last checkpoint, for the message.
 
         Raises:
-            UserError: when a loss or a gradient was not finite, naming the step and the noise levels.
+            UserError: when a loss or a gradient was not finite and such steps are not skipped, or all of them were,
+                naming the step and the noise levels.
         """
         steps = range(self._logged_from, self.step)
-        rows = torch.tensor([step % self.options.log_every for step in steps], device=self.device)
-        values = self._losses[rows].double().cpu()
         self._logged_from = self.step
-        bad = (~torch.isfinite(values).all(1)).nonzero().flatten()
-        if len(bad):
-            step = steps[int(bad[0])]
-            t = self._times[step % self.options.log_every]
-            levels = self.denoiser.sde.noise_level(t).cpu()
-            raise UserError(
-                f"the loss of step {step} is {values[bad[0], 0].item():g} and its gradient's norm "
-                f"{values[bad[0], 1].item():g}, at noise levels from {levels.min():.3g} to "
-                f"{levels.max():.3g}: lower optimizer.lr or training.clip; {last_good()}"
+        if not steps:
+            return {}
+        rows = torch.tensor([step % self.options.log_every for step in steps], device=self.device)
+        by_level = self._errors_by_level(rows)
+        losses = total(self._losses[rows, 0].double()).cpu()
+        norms = self._losses[rows, 1].double().cpu()
+        finite = torch.isfinite(losses) & (torch.isfinite(norms) | self.scaler.is_enabled())
+        bad = (~finite).nonzero().flatten().tolist()
+        if bad and (self.options.non_finite == "stop" or len(bad) == len(steps) > 1):
+            raise UserError(self._sentence(steps[bad[0]], losses[bad[0]], norms[bad[0]], len(bad), last_good))
+        self.skipped += len(bad)
+        if bad and is_main():
+            print(
+                f"\nwarning: the loss or gradient of step {steps[bad[0]]}"
+                + (f" and {len(bad) - 1} later ones" if len(bad) > 1 else "")
+                + f" was not finite: skipped, {self.skipped} in all",
+                file=sys.stderr,
             )
-        return {"train/loss": values[:, 0].mean().item(), "train/gradient_norm": values[:, 1].mean().item()}
+        good = finite & torch.isfinite(norms)
+        return {
+            "train/loss": losses[finite].mean().item(),
+            "train/gradient_norm": norms[good].mean().item(),
+            **({"train/skipped": float(self.skipped)} if self.skipped else {}),
+            **({"train/loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}),
+            **by_level,
+        }
+
+    def _errors_by_level(self, rows: Tensor) -> dict[str, float]:
+        """Mean square error of eps of the examples of some steps, by noise level; levels without examples left out."""
+        sde, own = self.denoiser.sde, self.batches.rows
+        low, high = (float(sde.log_snr(t)) for t in (sde.T, sde.t_min))
+        width = (high - low) / LEVELS
+        errors = self._errors[rows].double().flatten()
+        level = ((sde.log_snr(self._times[rows, own.start : own.stop].flatten()) - low) / width).long()
+        known = torch.isfinite(errors)
+        table = torch.zeros(2, LEVELS, dtype=torch.float64, device=self.device)
+        level = level.clamp(0, LEVELS - 1)
+        table[0].index_add_(0, level, torch.where(known, errors, 0.0))
+        table[1].index_add_(0, level, known.double())
+        sums, counts = total(table).tolist()
+        centers = [low + width * (k + 0.5) for k in range(LEVELS)]
+        found = zip(centers, sums, counts, strict=True)
+        return {f"train/eps_mse/log_snr={c:.1f}": s / n for c, s, n in found if n}
+
+    def _sentence(self, step: int, loss: Tensor, norm: Tensor, count: int, last_good: Callable[[], str]) -> str:
+        levels = self.denoiser.sde.noise_level(self._times[step % self.options.log_every]).cpu()
+        skipped = f" ({count} steps in a row, none of which could be skipped)" if count > 1 else ""
+        return (
+            f"the loss of step {step} is {loss.item():g} and its gradient's norm {norm.item():g}, at noise levels from "
+            f"{levels.min():.3g} to {levels.max():.3g}"
+            + (skipped if self.options.non_finite == "skip" else "")
+            + f": lower optimizer.lr or training.clip; {last_good()}"
+        )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of this trainer."""
+        """What a checkpoint holds of this trainer. All processes have to ask."""
         return {
             "step": self.step,
-            "model": self.denoiser.network.state_dict(),
-            "ema": self.ema.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "skipped": self.skipped,
+            "model": full_state(self.denoiser.network),
+            **self.averages.state(),
+            "optimizer": full_optimizer_state(self.optimizer),
+            **({"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}),
         }
 
     def load_state(self, content: Mapping[str, Any]) -> None:
         """Go on from a checkpoint, with the optimizer's options as they were asked for now."""
         options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.denoiser.network.load_state_dict(content["model"])
-        self.ema.network.load_state_dict(content["ema"])
-        self.optimizer.load_state_dict(content["optimizer"])
+        load_full_state(self.denoiser.network, content["model"])
+        self.averages.load_state(content)
+        load_full_optimizer_state(self.optimizer, content["optimizer"])
         for group, asked in zip(self.optimizer.param_groups, options, strict=True):
             group.update(asked)
+        if self.scaler.is_enabled() and "scaler" in content:
+            self.scaler.load_state_dict(content["scaler"])
         self.step = self._logged_from = int(content["step"])
+        self.skipped = int(content.get("skipped", 0))
 
 
 @dataclass
 class Hooks:
-    """What the loop calls besides training; each is told nothing that the trainer does not know."""
+    """What the loop calls besides training; each is told nothing that the trainer does not know. All processes call."""
 
     log: Callable[[dict[str, float]], None]
     validate: Callable[[], dict[str, float]]
     preview: Callable[[], None]
+    snapshot: Callable[[], None]
     save: Callable[[], None]
     last_good: Callable[[], str]
 
 
-def fit(trainer: Trainer, hooks: Hooks, stop: StopRequest) -> None:
-    """Train up to `options.steps`, or until `stop`; the last step always has a checkpoint."""
+def fit(trainer: Trainer, hooks: Hooks, stop: StopRequest) -> bool:
+    """Train up to `options.steps`, or until `stop` in any process; the last step always has a checkpoint.
+
+    Returns:
+        Whether all steps were made.
+    """
     options = trainer.options
     trainer.denoiser.network.train()
     clock, since = time.monotonic(), trainer.step
+    asked_to_stop = Agreement()
 
     def due(every: int) -> bool:
         return bool(every) and (trainer.step % every == 0 or trainer.step == options.steps)
 
-    with progress_bar(options.steps, initial=trainer.step, unit="step", desc="training") as bar:
-        while trainer.step < options.steps and stop.signal is None:
+    with (
+        contextlib.closing(asked_to_stop),
+        progress_bar(options.steps, initial=trainer.step, unit="step", desc="training") as bar,
+    ):
+        while trainer.step < options.steps and not asked_to_stop(stop.signal is not None):
             trainer.make_step()
             bar.update()
-            if due(options.log_every) or due(options.validate_every) or due(options.checkpoint_every):
+            saves = due(options.checkpoint_every)
+            validates = due(options.validate_every) or (saves and options.keep_best is not None)
+            if due(options.log_every) or validates or saves:
                 metrics = trainer.flush(hooks.last_good)
                 seconds = time.monotonic() - clock
                 metrics["train/pictures_per_second"] = (trainer.step - since) * options.batch_size / seconds
                 metrics["train/lr"] = trainer.optimizer.param_groups[0]["lr"]
-                clock, since = time.monotonic(), trainer.step
-                if due(options.validate_every):
+                metrics["train/epoch"] = trainer.batches.order.epoch(trainer.step)
+                metrics["train/memory_gib"] = peak_memory(trainer.device) / 2**30
+                if validates:
                     metrics |= hooks.validate()
                 hooks.log(metrics)
                 bar.set_postfix_str(_brief(metrics), refresh=False)
-            if due(options.checkpoint_every):
+                clock, since = time.monotonic(), trainer.step
+            if due(trainer.averages.options.snapshot_every):
+                hooks.snapshot()
+            if saves:
                 hooks.save()
             if due(options.preview_every):
                 hooks.preview()
+            if saves or due(options.preview_every):
                 clock, since = time.monotonic(), trainer.step
     if trainer.step < options.steps:
         if trainer.step > trainer._logged_from:
             hooks.log(trainer.flush(hooks.last_good))
         hooks.save()
+    return trainer.step >= options.steps
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes in use so far: of the GPU by this process, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _brief(metrics: Mapping[str, float]) -> str:

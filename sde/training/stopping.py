@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from sde.distributed import is_main
+
 
 class StopRequest:
     """Remembers that the process was asked to stop, so that the loop can save and leave between two steps."""
@@ -23,7 +25,8 @@ class StopRequest:
             if self.signal is not None and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.signal = number
-            print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
+            if is_main():
+                print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
 
         try:
             before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
