@@ -259,6 +259,29 @@ def test_the_summary_has_the_last_and_the_best(legs: list[Leg]) -> None:
     assert (second.summary["best/val_loss"], second.summary["best/train_loss"]) == (1.0, 1 / 60)
 
 
+def test_a_service_that_dies_stops_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One sentence; the next run, of a --multirun, has a service again."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    logger = WandB(mode="offline")
+    logger.start(tmp_path / "a", {}, 0)
+    process = wandb.sdk.wandb_setup.singleton().ensure_service()._proc._process
+    process.kill()
+    process.wait()
+    for step in (10, 20):
+        logger.log(step, {"train/loss": 1.0})
+    logger.finish(0)
+    err = capfd.readouterr().err
+    assert err.count("warning: W&B does not take what is logged") == 1
+    assert "Traceback" not in err
+    logger.start(tmp_path / "b", {}, 0)
+    logger.log(10, {"train/loss": 1.0})
+    logger.finish(0)
+    (leg,) = read_legs(tmp_path / "b")
+    assert leg.numbers("train/loss") == {10: 1.0}
+    assert "warning" not in capfd.readouterr().err
+
+
 # A run of python -m sde.train, as a sweep starts it
 
 
