@@ -60,8 +60,8 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     """A context in which networks compute in `precision`, one of `PRECISIONS`.
 
     "fp32" is what PyTorch makes of float32: convolutions of a GPU may use TF32, matrix products do not. "tf32" lets
-    both, from here on. On a CPU that has no units for bfloat16, where half precision would be slower and less accurate, it
-    is float32.
+    both, from here on. On a CPU that has no units for bfloat16, where half precision would be slower and less accurate,
+    it is float32.
     """
     dtype = _dtype(device, precision)
     if precision == "tf32":

@@ -172,9 +172,9 @@ def on_main(function: Callable[[], T]) -> T:
             answer = function(), None
         except (UserError, OSError) as error:
             answer = None, error
-    value, error = share(answer)
-    if error is not None:
-        raise error
+    value, raised = share(answer)
+    if raised is not None:
+        raise raised
     return value
 
 

@@ -32,7 +32,7 @@ from sde.training.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from sde.training.ema import EMA
+from sde.training.ema import EMA, Averages, EMAOptions
 from sde.training.loop import Trainer
 from sde.training.metrics import MetricsFile, read_metrics
 from sde.training.options import TrainingOptions
@@ -55,9 +55,8 @@ def trainer(**options: object) -> Trainer:
     network = MODELS.get("mlp")((2,), width=16, depth=1, dropout=0.3)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
     batches = Batches(dataset, settings.batch_size, settings.seed, torch.device("cpu"), labeled=False)
-    return Trainer(
-        Denoiser(network, VP(), Eps()), EMA(network, 0.9), DenoisingScoreMatching(), optimizer, settings, batches
-    )
+    averages = Averages(network, EMAOptions(decay=0.9))
+    return Trainer(Denoiser(network, VP(), Eps()), averages, DenoisingScoreMatching(), optimizer, settings, batches)
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -143,7 +142,8 @@ def test_dequantized_pixels_are_uniform_on_their_buckets() -> None:
     """Kolmogorov's distance from the uniform law on 4 million draws, and the buckets of all gray levels."""
     info, examples = Levels.info, 16_384
     pixels = Levels(2).values[:1].expand(examples, -1, -1, -1)
-    spread = dequantize(info.encode(pixels, torch.float64), info, torch.Generator().manual_seed(0))
+    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    spread = dequantize(info.encode(pixels, torch.float64), info, noise)
     u = (spread - info.encode(pixels, torch.float64)) * (255 / (info.high - info.low)) + 0.5
     ordered, n = u.flatten().sort().values, u.numel()
     margin = 2.0**-13
@@ -163,7 +163,8 @@ def test_dequantized_pixels_come_back_in_float32(low: float) -> None:
     """All gray levels, at both ends of a bucket, where rounding would first take one into the next."""
     info = DataInfo("levels", (1, 16, 16), low=low, high=1.0)
     pixels = Levels(2).values[:1].expand(8192, -1, -1, -1)
-    x = dequantize(info.encode(pixels), info, torch.Generator().manual_seed(1))
+    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(1))
+    x = dequantize(info.encode(pixels), info, noise)
     u = (x - info.encode(pixels)) * (255 / (info.high - info.low)) + 0.5
     assert u.min() < 1.4e-4  # a part of 2^-13 = 1.2e-4 is left out
     assert u.max() > 1 - 1.4e-4

@@ -13,7 +13,7 @@ from sde.reporting import settings
 from sde.reporting.drawing import COLORS, describe, draw_chart, draw_map
 from sde.reporting.html import Markup, data_block, element, table
 from sde.reporting.media import Gallery, Picture
-from sde.reporting.record import Record, component
+from sde.reporting.record import Record
 from sde.reporting.series import (
     SMOOTHING,
     Chart,
@@ -150,17 +150,17 @@ def parts_of(record: Record) -> str:
     config, data = record.config, record.data
     shape = "×".join(str(n) for n in data.get("shape", []))
     size = f" ({shape}, {data['num_classes']} classes)" if data.get("num_classes") else f" ({shape})" if shape else ""
-    solver = component(config, "preview_solver")
     steps = config.get("preview_steps")
+    schedule = record.part("schedule")
     return " · ".join(
         [
-            component(config, "sde"),
-            f"{component(config, 'parameterization')} parameterization",
-            f"{component(config, 'model')}{', told the class' if config.get('conditional') else ''}",
-            f"{component(config, 'data')}{size}",
-            f"{component(config, 'loss')} loss",
-            component(config, "optimizer"),
-            f"previews by {solver}{f' in {steps} steps' if steps else ''}",
+            record.part("sde"),
+            f"{record.part('parameterization')} parameterization",
+            f"{record.part('model')}{', told the class' if config.get('conditional') else ''}",
+            f"{record.part('data')}{size}",
+            f"{record.part('loss')} loss",
+            f"{record.part('optimizer')}{f', {schedule} schedule' if schedule != '-' else ''}",
+            f"previews by {record.part('preview_solver')}{f' in {steps} steps' if steps else ''}",
         ]
     )
 
@@ -171,7 +171,7 @@ def _facts(record: Record) -> list[tuple[str, str]]:
     facts.append(("Trained", duration(record.seconds)))
     speed = record.newest("train/pictures_per_second")
     batch = (record.config.get("training") or {}).get("batch_size")
-    if record.running and record.steps and speed and isinstance(batch, int):
+    if record.state == "running" and record.steps and speed and isinstance(batch, int):
         facts.append(("To go, about", duration(max(0, record.steps - record.step) * batch / speed)))
     for label, name in (("Loss", "train/loss"), ("Validation loss", "val/loss")):
         value = record.newest(name)

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,16 +13,13 @@ from typing import Any
 
 import torch
 
+from sde.config import path_of
 from sde.data import DataInfo
 from sde.errors import UserError
-from sde.registry import Registry
 from sde.runs import Run, build_denoiser, find_run
+from sde.runs_summary import Metric, Summary
+from sde.solvers import SOLVERS
 from sde.training.metrics import read_metrics
-
-try:
-    import fcntl
-except ImportError:  # Windows has no fcntl
-    fcntl = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -31,22 +27,28 @@ class Record:
     """A run as its folder tells it.
 
     Args:
-        path: the folder.
-        name: what the page calls it.
+        summary: its state and its parts, and what the page calls it.
         lines: all lines of metrics.jsonl in the order of their steps, numbers that are none as None.
         config: its configuration.
         data: data.json; empty where there is none.
         environment: environment.json; empty where there is none.
-        running: whether a process holds the run's lock.
     """
 
-    path: Path
-    name: str
+    summary: Summary
     lines: list[dict[str, Any]]
     config: dict[str, Any]
     data: dict[str, Any]
     environment: dict[str, Any]
-    running: bool
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self.summary.run.path
+
+    @property
+    def name(self) -> str:
+        """What the page calls the run."""
+        return self.summary.name
 
     @cached_property
     def training(self) -> list[dict[str, Any]]:
@@ -76,12 +78,15 @@ class Record:
 
     @property
     def state(self) -> str:
-        """In one word."""
-        if self.running:
-            return "running"
-        if self.steps is not None and self.step >= self.steps:
-            return "finished"
-        return "stopped" if self.training else "not begun"
+        """running, finished, stopped or empty."""
+        return self.summary.state
+
+    def part(self, group: str) -> str:
+        """What the command line calls the class of a group: "vp"."""
+        if group == "preview_solver":
+            target = (self.config.get(group) or {}).get("_target_")
+            return next((name for name, cls in SOLVERS.items() if path_of(cls) == target), "-")
+        return self.summary.part(group) or "-"
 
     @cached_property
     def parameters(self) -> int | None:
@@ -142,21 +147,17 @@ def read_record(run: Run, name: str | None = None) -> Record:
         lines = read_metrics(run.metrics)
     except FileNotFoundError:
         raise UserError(f"run={run.path} has no metrics.jsonl: give the folder that training made") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{run.metrics} is damaged (it is no text): restore it or train again") from None
     for line in lines:
         for key, value in line.items():
             if isinstance(value, float) and not math.isfinite(value):
                 line[key] = None
     lines.sort(key=lambda line: line["step"])
     return Record(
-        path=run.path,
-        name=name or run.path.resolve().name,
+        summary=Summary(run, name or run.path.resolve().name, Metric("val/loss")),
         lines=lines,
         config=config,
         data=_read_object(run.path / "data.json"),
         environment=_read_object(run.path / "environment.json"),
-        running=is_running(run),
     )
 
 
@@ -168,21 +169,6 @@ def _read_object(file: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def is_running(run: Run) -> bool:
-    """Whether a process is writing the run; False also where the file system has no locks to tell."""
-    file = run.path / ".lock"
-    if fcntl is None or not file.exists():
-        return False
-    try:
-        with file.open() as handle:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass
-    return False
-
-
 def short_names(runs: list[Run]) -> list[str]:
     """The last part of each run's path, and as many before it as tell the runs apart."""
     paths = [run.path.resolve().parts for run in runs]
@@ -191,13 +177,3 @@ def short_names(runs: list[Run]) -> list[str]:
         if len(set(names)) == len(names):
             break
     return names
-
-
-def component(config: Mapping[str, Any], group: str) -> str:
-    """What the command line calls the class of a group: "vp"; the class's own name where it is not registered."""
-    target = str((config.get(group) or {}).get("_target_", "-"))
-    for registry in Registry.all:
-        for name, cls in registry.items():
-            if f"{cls.__module__}.{cls.__qualname__}" == target:
-                return name
-    return target.rpartition(".")[2]

@@ -79,7 +79,7 @@ class Batches:
         if workers == "auto":
             workers = 2 if device.type == "cuda" and self.split.values.device != device else 0
         self._workers = int(workers)
-        self._ahead: Iterator[tuple[int, Tensor, Tensor | None]] | None = None
+        self._ahead: Iterator[tuple[Tensor, Tensor | None]] | None = None
         self._next = -1
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor | None]:
@@ -116,7 +116,8 @@ class Batches:
             )
             self._ahead = iter(loader)
         self._next = step + 1
-        return next(self._ahead)
+        values, label = next(self._ahead)
+        return values, label
 
     @staticmethod
     def _send(tensor: Tensor, device: torch.device) -> Tensor:

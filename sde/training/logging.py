@@ -32,7 +32,6 @@ from typing import Any, ClassVar, Concatenate, ParamSpec
 from sde.errors import check_choice, check_number
 from sde.files import write_text
 from sde.registry import Registry
-from sde.training.metrics import MetricsFile as MetricsFile
 from sde.training.metrics import read_metrics
 
 LOGGERS: Registry[Logger] = Registry("logger")

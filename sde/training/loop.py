@@ -6,8 +6,8 @@ and the optimizer.
 
 A step's batch is cut into equal parts: one for each process, and these into `accumulation` parts that go through the
 network one after the other. Every example's noise depends on its row of the batch alone, and the seed of dropout on
-the number of the part among all, so that two processes make the step that one process makes, with dropout if it cuts the
-batch into as many parts. The loss is the mean over the whole batch.
+the number of the part among all, so that two processes make the step that one process makes, with dropout if it cuts
+the batch into as many parts. The loss is the mean over the whole batch.
 
 Losses stay on the device until they are logged: the loop waits for the device every `log_every` steps only, and looks
 then for a step whose loss was not finite.
@@ -94,7 +94,7 @@ class Trainer:
         parts = options.parts(size)
         own = part_of(parts, world().rank, size)
         self._parts = [(part, part_of(options.batch_size, part, parts)) for part in own]
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "fp16")  # type: ignore[attr-defined]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "fp16")
         self._skips_on_device = bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
         rows = options.log_every
         examples = len(self.batches.rows)
@@ -153,14 +153,17 @@ class Trainer:
     def _step_if(self, finite: Tensor) -> None:
         """An optimizer step unless the gradient was not finite, which a fused optimizer finds out on the device."""
         if self._skips_on_device:
-            self.optimizer.grad_scale, self.optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
-            self.optimizer.step()
-            del self.optimizer.grad_scale, self.optimizer.found_inf  # type: ignore[attr-defined]
+            fused: Any = self.optimizer
+            fused.grad_scale, fused.found_inf = None, (~finite).float()
+            fused.step()
+            del fused.grad_scale, fused.found_inf
         elif bool(finite):
             self.optimizer.step()
 
     def flush(self, last_good: Callable[[], str]) -> dict[str, float]:
-        """Means since the last flush, over all processes: loss, gradient norm, error by noise level. Waits for the device.
+        """Means since the last flush, over all processes: loss, gradient norm, error by noise level.
+
+        It waits for the device.
 
         Args:
             last_good: names the last checkpoint, for the message.
