@@ -55,10 +55,10 @@ def make_axis(values: Iterable[float | None], count: int, *, log: bool = False, 
 
 
 def linear_ticks(low: float, high: float, count: int) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten, at most about `count` of them."""
+    """Multiples of 1, 2 or 5 times a power of ten, about `count` of them."""
     raw = (high - low) / max(1, count)
     power = 10.0 ** math.floor(math.log10(raw))
-    step = power * next(m for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
+    step = power * next(m for m in (1, 2, 5, 10) if m * power >= 0.8 * raw)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [k * step for k in range(first, last + 1)]
 

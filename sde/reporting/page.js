@@ -38,7 +38,7 @@
 
   function linearTicks(low, high, count) {
     const raw = (high - low) / Math.max(1, count), power = 10 ** Math.floor(Math.log10(raw));
-    const step = power * [1, 2, 5, 10].find((m) => m * power >= raw * (1 - 1e-9));
+    const step = power * [1, 2, 5, 10].find((m) => m * power >= 0.8 * raw);
     const ticks = [];
     for (let k = Math.ceil(low / step - 1e-9); k <= Math.floor(high / step + 1e-9); k++) ticks.push(k * step);
     return ticks;
