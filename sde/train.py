@@ -96,8 +96,9 @@ def choose_folder() -> None:
         if wanted is None:
             sys.argv.append("resume=auto")
     elif wanted is None or wanted == "auto":
-        if wanted == "auto" and argument("hydra.run.dir") is None:
-            raise UserError("resume=auto goes on in the folder that hydra.run.dir=FOLDER names: give it")
+        option = "hydra.sweep.dir" if {"-m", "--multirun"} & set(sys.argv) else "hydra.run.dir"
+        if wanted == "auto" and argument(option) is None:
+            raise UserError(f"resume=auto goes on in the folder that {option}=FOLDER names: give it")
         return
     else:
         if {"-m", "--multirun"} & set(sys.argv):
@@ -188,14 +189,15 @@ def first_difference(name: str, wanted: Any, own: Any) -> tuple[str, Any, Any] |
 def train(config: dict[str, Any]) -> None:
     """Train as `config` says, from the beginning or on from the newest checkpoint of `resume`."""
     run = Run(Path(share(str(Path(output_dir()).resolve() if world().size > 1 else output_dir()))))
+    automatic = config.get("resume") == "auto"
     with contextlib.ExitStack() as stack:
         settled, resumed = on_main(lambda: settle(run, config))
         on_main(lambda: stack.enter_context(run.locked()))
-        train_run(run, settled, resumed)
+        train_run(run, settled, resumed, automatic)
 
 
-def train_run(run: Run, config: dict[str, Any], resumed: bool) -> None:
-    """Train the run, whose folder nobody else is writing."""
+def train_run(run: Run, config: dict[str, Any], resumed: bool, automatic: bool) -> None:
+    """Train the run, whose folder nobody else is writing; `automatic` is content with one that is at its end."""
     device = pick_device(str(config["training"]["device"]), "training.device")
     keep_memory(device)
     dataset = prepared(config)
@@ -204,8 +206,14 @@ def train_run(run: Run, config: dict[str, Any], resumed: bool) -> None:
     solver: Solver = build(config["preview_solver"], "solver")
     with memory_explained(config):
         trainer = make_trainer(config, dataset, device)
-        if resumed:
-            go_on(run, trainer)
+        if resumed and not go_on(run, trainer):
+            made = (
+                f"{run.path} has made {trainer.step} steps and training.steps={trainer.options.steps} asks for no more"
+            )
+            if not automatic:
+                raise UserError(f"{made}: raise training.steps to go on")
+            print(made)
+            return
         labeled = config["conditional"]
         times = make_times(solver, trainer.denoiser, None, config["preview_steps"])
         solver = denoised_at_the_end(solver, trainer.denoiser, times)
@@ -309,8 +317,11 @@ def with_largest_batch(
     return build(config["training"], "training")
 
 
-def go_on(run: Run, trainer: Trainer) -> None:
-    """Load the newest whole checkpoint; damaged newer ones are renamed, so that nobody takes them for good again."""
+def go_on(run: Run, trainer: Trainer) -> bool:
+    """Load the newest whole checkpoint; whether there is anything left to do.
+
+    Damaged newer ones are renamed, so that nobody takes them for good again.
+    """
     path = on_main(lambda: str(load_newest(run.checkpoints).path))
     checkpoint = load_checkpoint(Path(path))
     try:
@@ -321,13 +332,11 @@ def go_on(run: Run, trainer: Trainer) -> None:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{checkpoint.path} does not fit the run's config.yaml ({reason}): restore it") from error
     if trainer.step >= trainer.options.steps:
-        raise UserError(
-            f"{run.path} has made {trainer.step} steps and training.steps={trainer.options.steps} asks for no more: "
-            "raise training.steps to go on"
-        )
+        return False
     for step, newer in list_checkpoints(run.checkpoints) if is_main() else []:
         if step > trainer.step:
             newer.rename(newer.with_suffix(".damaged"))
+    return True
 
 
 def measure_auto(config: dict[str, Any], dataset: Dataset) -> None:
