@@ -126,8 +126,8 @@ class Average(ABC):
             reshard()
         if self._tensors is None:  # walking through the modules takes longer than the rest
             networks = (self.network, self._source)
-            pairs: list[list[Tensor]] = [[*n.parameters()] for n in networks] + [[*n.buffers()] for n in networks]
-            self._tensors = tuple(pairs)
+            parameters: list[list[Tensor]] = [[*n.parameters()] for n in networks]
+            self._tensors = (*parameters, *([*n.buffers()] for n in networks))
         averages, weights, buffers, present = ([local(x) for x in tensors] for tensors in self._tensors)
         if averages:
             torch._foreach_lerp_(averages, weights, self.weight(step))
