@@ -96,6 +96,7 @@ def read_leg(path: Path) -> Leg:
 
 def read_legs(folder: Path) -> list[Leg]:
     """The legs of the run in a folder, in the order in which they were begun, which is that of `wandb sync`."""
+    wandb.teardown()  # waits for the service, which writes the last rows after `finish` has returned
     legs = [read_leg(path) for path in folder.glob("wandb/offline-run-*/*.wandb")]
     return sorted(legs, key=lambda leg: leg.run.start_time.ToMicroseconds())
 
@@ -345,4 +346,5 @@ def test_a_sweep_runs_and_is_recorded(tmp_path: Path, monkeypatch: pytest.Monkey
         stored = {
             leg.bytes(row[f"media/{kind}.path"]) for leg in legs for row in leg.rows if f"media/{kind}.path" in row
         }
+        assert previews
         assert stored == previews
