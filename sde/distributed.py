@@ -204,6 +204,29 @@ def share_of(n: int) -> range:
     return part_of(n, world().rank, world().size)
 
 
+def own_batches(n: int, batch_size: int) -> dict[int, range]:
+    """This process's batches of 0 .. n - 1 by their number; batches are smaller where some would have none."""
+    size = min(batch_size, max(1, -(-n // world().size)))
+    starts = range(0, n, size)
+    return {k: range(starts[k], min(starts[k] + size, n)) for k in range(world().rank, len(starts), world().size)}
+
+
+def collect(own: dict[int, T]) -> list[T]:
+    """What all processes found for their batches, in the order of the batches, up to the first that is missing.
+
+    Rank 0 gets it; the others get what is their own.
+    """
+    found = {number: value for part in gather(own) for number, value in part.items()} if world().size > 1 else own
+    if not is_main():
+        return list(own.values())
+    return [found[k] for k in range(len(found)) if all(j in found for j in range(k + 1))]
+
+
+def any_signal(signal: int | None) -> int | None:
+    """The signal that asked a process to stop, of the first that was; in every process."""
+    return next((number for number in share(gather(signal)) if number is not None), None)
+
+
 class Agreement:
     """A question that all processes answer alike, asked in every step without waiting: has anybody said yes?
 

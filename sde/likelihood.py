@@ -44,6 +44,7 @@ from sde.density.discrete import (
 )
 from sde.density.flow import SMALL
 from sde.devices import PRECISIONS, pick_device
+from sde.distributed import any_signal, collect, is_main, on_main, own_batches
 from sde.errors import UserError, check_choice, check_flag, check_number
 from sde.likelihood_results import Scores, Task, describe, draw_pictures, mean_and_error, record, sentence, write_scores
 from sde.pictures import save_density
@@ -66,7 +67,7 @@ def main() -> None:
     """Entry point of the command line."""
     add_data_overrides()
     add_divergence()
-    run_command("likelihood", likelihood)
+    run_command("likelihood", likelihood, several=True)
 
 
 def add_divergence() -> None:
@@ -90,10 +91,12 @@ def likelihood(config: dict[str, Any]) -> None:
     logger: Logger = build(config["logger"], "logger")
     model = open_model(config, device)
     task = make_task(config, model, method, device)
-    folder = new_folder(model.run, config["out"], task.name(config), "likelihood")
+    folder = on_main(lambda: new_folder(model.run, config["out"], task.name(config), "likelihood"))
     try:
         started = time.perf_counter()
         scores, asked_to_stop = score_all(task)
+        if not is_main():
+            return
         summary = describe(config, task, scores, time.perf_counter() - started)
         write_scores(folder, summary, scores, task)
         draw_pictures(folder, summary, scores, task)
@@ -105,8 +108,9 @@ def likelihood(config: dict[str, Any]) -> None:
         if isinstance(method, Flow) and task.info.shape == (2,) and config["density_side"]:
             draw_density(folder / "density.png", task, config["density_side"], config["label"])
     finally:
-        with contextlib.suppress(OSError):  # not empty unless the first file could not be written
-            folder.rmdir()
+        if is_main():
+            with contextlib.suppress(OSError):  # not empty unless the first file could not be written
+                folder.rmdir()
     for file in sorted(folder.iterdir()):
         print(file)
 
@@ -328,29 +332,38 @@ _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remain
 def score_all(task: Task) -> tuple[Scores, int | None]:
     """Evaluate all examples; and the signal that asked to stop before the end, when there was one.
 
+    Several processes share the batches; rank 0 gets all of them.
+
     Raises:
         Interrupted: when no batch was done by then.
     """
     n, scores = len(task.indices), Scores()
+    own = own_batches(n, task.batch_size)
+    mine = sum(len(indices) for indices in own.values())
+    found: dict[int, tuple[list[int], DiscreteLogProb]] = {}
     with (
         StopRequest().listening() as stop,
         progress_bar(n, desc="likelihood", bar_format=_BAR) as bar,
         contextlib.suppress(_Stopped),
     ):
-        for start in range(0, n, task.batch_size):
-            rows = slice(start, min(start + task.batch_size, n))
+        for number, batch in own.items():
+            rows = slice(batch.start, batch.stop)
 
-            def progress(share: float, start: int = rows.start, size: int = rows.stop - rows.start) -> None:
+            def progress(share: float, done: int = len(scores), size: int = len(batch)) -> None:
                 if stop.signal is not None:
                     raise _Stopped
-                bar.update(start + share * size - bar.n)
+                bar.update((done + share * size) / mine * n - bar.n)
 
-            scores.add(task.indices[rows].tolist(), score(task, rows, progress))
+            found[number] = task.indices[rows].tolist(), score(task, rows, progress)
+            scores.add(*found[number])
             bar.set_postfix_str(running(task, scores))
-    if not len(scores):
-        assert stop.signal is not None
-        raise Interrupted("interrupted; nothing was left half-written", 128 + stop.signal)
-    return scores, stop.signal if len(scores) < n else None
+    signal = any_signal(stop.signal)
+    scores = Scores()
+    for index, batch_found in collect(found):
+        scores.add(index, batch_found)
+    if not len(scores) and signal is not None:
+        raise Interrupted("interrupted; nothing was left half-written", 128 + signal)
+    return scores, signal if len(scores) < n else None
 
 
 def score(task: Task, rows: slice, progress: Any = None) -> DiscreteLogProb:

@@ -25,12 +25,13 @@ from sde.config import build
 from sde.data import DataInfo
 from sde.denoiser import Denoiser
 from sde.devices import autocast, pick_device
+from sde.distributed import any_signal, collect, is_main, on_main, own_batches, world
 from sde.errors import UserError, check_choice, check_flag
 from sde.files import write_json
 from sde.grids import GRIDS, Grid
 from sde.pictures import save_grid, save_scatter, save_score_field
 from sde.progress import progress_bar
-from sde.sampling import NOISES, Plan, denoised_at_the_end, draw, draw_batch, make_times
+from sde.sampling import NOISES, Plan, denoised_at_the_end, draw_batch, make_times
 from sde.solvers import SOLVERS, Solver
 from sde.training.checkpoint import Checkpoint
 from sde.training.stopping import StopRequest
@@ -41,11 +42,11 @@ _SHOWN = 256  # pictures in a grid
 
 def main() -> None:
     """Entry point of the command line."""
-    run_command("sample", sample)
+    run_command("sample", sample, several=True)
 
 
 def sample(config: dict[str, Any]) -> None:
-    """Draw `n` samples as `config` says and write them into the run's folder."""
+    """Draw `n` samples as `config` says and write them into the run's folder. Several processes share the batches."""
     check_settings(config)
     check_flag("trajectory", config["trajectory"])
     check_choice("noise", config["noise"], NOISES)
@@ -63,13 +64,15 @@ def sample(config: dict[str, Any]) -> None:
         solver = denoised_at_the_end(solver, denoiser, times)
     plan = Plan(solver, times, info.shape, config["seed"], device, noise=config["noise"])
     labels = class_labels(config["label"], config["n"], denoiser, info)
-    folder = new_folder(run, config["out"], default_name(solver, plan))
+    folder = on_main(lambda: new_folder(run, config["out"], default_name(solver, plan)))
     try:
         started = time.perf_counter()
         with autocast(device, config["precision"]):
             samples, nfe, asked_to_stop = draw_all(denoiser, plan, info, config["n"], config["batch_size"], labels)
         seconds = time.perf_counter() - started
         n = len(samples)
+        if not is_main():
+            return
         write_samples(folder / "samples.npz", samples, info, None if labels is None else labels[:n])
         write_json(folder / "info.json", describe(config, solver, grid, plan, nfe, seconds, checkpoint, n))
         print(f"{n} samples in {seconds:.1f} s, {max(nfe)} evaluations each, from {checkpoint.path}")
@@ -80,8 +83,9 @@ def sample(config: dict[str, Any]) -> None:
             with autocast(device, config["precision"]):
                 draw_trajectory(folder / "trajectory.gif", denoiser, plan, info, min(config["n"], 64), labels)
     finally:
-        with contextlib.suppress(OSError):  # not empty unless the first file could not be written
-            folder.rmdir()
+        if is_main():
+            with contextlib.suppress(OSError):  # not empty unless the first file could not be written
+                folder.rmdir()
     for file in sorted(folder.iterdir()):
         print(file)
 
@@ -111,6 +115,7 @@ def describe(
         "noise": plan.noise,
         "label": config["label"],
         "batch_size": config["batch_size"],
+        "processes": world().size,
         "precision": config["precision"],
         "device": str(plan.device),
         "checkpoint": str(checkpoint.path),
@@ -134,25 +139,32 @@ def draw_all(
     Raises:
         Interrupted: when none is.
     """
-    batches: list[Tensor] = []
-    nfe: list[int] = []
+    own = own_batches(n, batch_size)
+    mine = sum(len(indices) for indices in own.values())
+    drawn: dict[int, tuple[Tensor, int]] = {}
     with StopRequest().listening() as stop, progress_bar(n, unit="sample", desc="sampling", bar_format=BAR) as bar:
+        done = 0
 
-        def progress(share: float) -> None:
+        def progress(share: float, _t: float, _x: Tensor | None) -> None:
             if stop.signal is not None:
                 raise _Stopped
-            bar.update(share * n - bar.n)
+            bar.update((done + share * len(indices)) / mine * n - bar.n)
 
         with contextlib.suppress(_Stopped):
-            for solution in draw(denoiser, plan, n, batch_size, labels, progress):
+            for number, indices in own.items():
+                label = None if labels is None else labels[indices.start : indices.stop].to(plan.device)
+                solution = draw_batch(denoiser, plan, indices, label, progress)
                 finite = torch.isfinite(solution.x)
                 if not bool(finite.all()):
                     print(f"\nwarning: {int((~finite).sum())} values of this batch are not finite", flush=True)
-                batches.append(info.decode(solution.x).cpu())
-                nfe.append(solution.nfe)
-    if not batches and stop.signal is not None:
-        raise Interrupted("interrupted; nothing was left half-written", 128 + stop.signal)
-    return torch.cat(batches), nfe, stop.signal
+                drawn[number] = info.decode(solution.x).cpu(), solution.nfe
+                done += len(indices)
+    signal = any_signal(stop.signal)
+    found = collect(drawn)
+    if not found and signal is not None:
+        raise Interrupted("interrupted; nothing was left half-written", 128 + signal)
+    samples = torch.cat([x for x, _ in found]) if found else torch.empty(0)
+    return samples, [nfe for _, nfe in found], signal
 
 
 class _Stopped(Exception):

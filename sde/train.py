@@ -24,6 +24,7 @@ from sde.data import DataInfo, Dataset, measure_sigma_data
 from sde.data.base import SPLITS
 from sde.devices import compile_network, compute_repeatably, computes_in, keep_memory, pick_device
 from sde.distributed import (
+    any_signal,
     gather,
     is_main,
     is_sharded,
@@ -555,14 +556,14 @@ def save_samples_picture(path: Path, x: torch.Tensor, dataset: Dataset) -> bool:
 
 def finish(run: Run, trainer: Trainer, stop: StopRequest) -> None:
     """Say where everything is; leave with the code of the signal when there was one, in whichever process."""
-    signals = share(gather(stop.signal))
+    number = any_signal(stop.signal)
     stopped = trainer.step < trainer.options.steps
     checkpoint = on_main(lambda: str(list_checkpoints(run.checkpoints)[-1][1]))
     if stopped:
         raise Interrupted(
             f"stopped at step {trainer.step} and saved {checkpoint}\n"
             f"go on with: python -m sde.train {shlex.quote(f'resume={run.path}')}",
-            130 if signal.SIGINT in signals else 0,
+            130 if number == signal.SIGINT else 0,
         )
     print(f"checkpoint {checkpoint}\nmetrics    {run.metrics}")
     print(f"draw samples with: python -m sde.sample {shlex.quote(f'run={run.path}')}")

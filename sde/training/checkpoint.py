@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from sde.distributed import say_once
 from sde.errors import UserError
 from sde.files import atomic_write
 
@@ -158,5 +159,7 @@ def load_newest(folder: Path) -> Checkpoint:
         try:
             return load_checkpoint(path)
         except DamagedCheckpoint as error:
-            print(f"warning: {error}; falling back to the one before", file=sys.stderr)
+            sentence = f"warning: {error}; falling back to the one before"
+            if say_once(sentence):
+                print(sentence, file=sys.stderr)
     raise UserError(f"all {len(known)} checkpoints of {folder.parent} are damaged: train again")
