@@ -288,11 +288,6 @@ class Averages:
                 )
             load_full_state(network, known[name])
 
-    def snapshot_due(self, step: int, steps: int) -> bool:
-        """Whether there is to be a snapshot after `step` of `steps` steps: at regular intervals, and at the end."""
-        every = self.options.snapshot_every
-        return every > 0 and (step % every == 0 or step == steps)
-
     def snapshot(self, folder: Path, step: int) -> Path:
         """Write the power-function averages after `step` steps into `folder`, RUN/ema. All processes have to call it.
 
