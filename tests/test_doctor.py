@@ -7,9 +7,11 @@ import math
 import os
 import time
 import tomllib
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ import torch
 import sde.doctoring.advice as rules
 from sde.data import DataInfo, Dataset, Split
 from sde.distributed import World
+from sde.doctor import measured
 from sde.doctoring import machine
 from sde.doctoring.advice import RULES, advise
 from sde.doctoring.data import DataFacts, distance_examples, examine_data, largest_distance, repeated_share
@@ -26,7 +29,7 @@ from sde.doctoring.machine import GPU, Machine
 from sde.doctoring.model import ModelFacts, examine_model, fewest_parts, largest_batch
 from sde.doctoring.noise import NoiseFacts, examine_noise, prior_bits
 from sde.doctoring.report import WIDTH, count, duration, numbered, operations, percent, section, size, speed_lines
-from sde.doctoring.speed import Speed, Timing, kept_checkpoints, known_peak, repeat
+from sde.doctoring.speed import Speed, Timing, affordable_batch, kept_checkpoints, known_peak, repeat
 from sde.errors import UserError
 from sde.models.summary import Summary
 from sde.processes import EDM, VE, VP
@@ -289,6 +292,7 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     found = machine.examine_machine(tmp_path / "not" / "there")
     assert (found.processes, found.rank, found.processes_here) == (8, 3, 4)
     assert not found.wandb_login
+    assert "cpu" in found.fused
     assert found.disk_free > 0
     assert 0 < found.cores <= (os.cpu_count() or 1)
     (tmp_path / "netrc").write_text("machine api.wandb.ai\n  login user\n")
@@ -376,7 +380,7 @@ def test_units() -> None:
         "2 TiB",
         "unknown",
     ]
-    assert [duration(s) for s in (0.0123, 3.25, 61, 120, 3600, 5430, 86400 * 3)] == [
+    assert [duration(s) for s in (0.0123, 3.25, 61, 120, 3600, 5430, 86400 * 3, 86400 * 365.25 * 4)] == [
         "12.3 ms",
         "3.25 s",
         "1 min 1 s",
@@ -384,6 +388,7 @@ def test_units() -> None:
         "1 h",
         "1 h 30 min",
         "3.0 days",
+        "4 years",
     ]
     assert (count(1, "example"), count(2201, "example"), count(2, "class", "classes")) == (
         "1 example",
@@ -420,9 +425,11 @@ CPU = Machine(
     cpu="a CPU",
     cores=4,
     cores_there=8,
+    load=0.5,
     threads=4,
     threads_asked=None,
     bf16=False,
+    fused=("cpu",),
     memory=2**35,
     memory_free=2**34,
     gpus=(),
@@ -585,6 +592,7 @@ SICK: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"machine": replace(CPU, threads=8)}, "8 threads share 4 usable cores"),
         ({"machine": replace(CPU, threads=4, processes=2, processes_here=2)}, "OMP_NUM_THREADS=2"),
     ],
+    "busy": [({"machine": replace(CPU, load=5.2)}, "load was 5.2 before this began, on 8 cores")],
     "loading": [({"speed": replace(HEALTHY_SPEED, loading=0.03)}, "30 ms of a step's 100 ms")],
     "warmup": [({"options": TrainingOptions(warmup=100_000)}, "training.warmup=5000")],
     "learning_rate": [
@@ -659,6 +667,7 @@ def test_every_rule_has_a_case() -> None:
         {"ema": EMAOptions(decay=(), std=(0.05,))},
         {"speed": replace(HEALTHY_SPEED, preview_evaluations=None)},
         {"machine": replace(CPU, shared_memory=2**26)},
+        {"machine": replace(CPU, load=None)},
         {"options": TrainingOptions(preview_every=0, checkpoint_every=30_000)},
     ],
 )
@@ -700,29 +709,81 @@ def test_points_are_diagnosed_and_nothing_is_left_behind(tmp_path: Path) -> None
     assert any("conditional=true" in sentence for sentence in found["advice"])
 
 
-def test_pictures_are_diagnosed_on_a_part_of_a_long_step(tmp_path: Path) -> None:
+def test_pictures_are_diagnosed_on_a_part_of_a_long_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sde.doctoring.speed.affordable_batch", lambda *_: 3)
     arguments = [*TINY, "data.characters=digits", "training.batch_size=64", "training.accumulation=2"]
     done = command("sde.doctor", *arguments, "conditional=true", "seconds=0.01", "out=d.json", folder=tmp_path)
     assert "Advice" in sections(done)
     found = json.loads((tmp_path / "d.json").read_text())
     assert found["model"]["at_once"] == 32
     assert found["data"]["gray_level"] == pytest.approx(2 / 255)
-    assert 1 <= found["speed"]["timed"] < 64
-    assert "scaled from steps of" in " ".join(done.out.split())
+    assert (found["speed"]["timed"], found["speed"]["batch_size"]) == (3, 64)
+    assert "scaled from steps of 3 examples" in " ".join(done.out.split())
 
 
 def test_what_does_not_fit_is_measured_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = [*TINY, "data.characters=digits", "training.batch_size=16", "seconds=1", "out=d.json"]
     monkeypatch.setattr("sde.doctor.free_memory", lambda *_: 2**21)
+    monkeypatch.setattr("sde.doctoring.speed.affordable_batch", lambda *_: 16)
+    arguments = [*TINY, "data.characters=digits", "training.batch_size=16", "seconds=0.1", "out=d.json"]
     done = command("sde.doctor", *arguments, folder=tmp_path)
     assert done.code == 0, done.err
     found = json.loads((tmp_path / "d.json").read_text())
     assert found["speed"]["accumulation"] == found["model"]["fitting"] > 1
     assert f"training.accumulation={found['model']['fitting']}" in found["advice"][0]
-    monkeypatch.setattr("sde.doctor.free_memory", lambda *_: 2**10)
-    done = command("sde.doctor", *arguments, folder=tmp_path)
-    assert "not even one example" in sections(done)["Speed"]
-    assert json.loads((tmp_path / "d.json").read_text())["speed"] is None
+
+
+def test_parts_are_made_smaller_until_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def measure(*arguments: Any) -> Speed:
+        tried.append(arguments[5])
+        if arguments[5] < 6:
+            raise torch.OutOfMemoryError
+        return HEALTHY_SPEED
+
+    monkeypatch.setattr("sde.doctor.measure_speed", measure)
+    dataset, options, cpu = Given(torch.ones(4, 2)), TrainingOptions(batch_size=12), torch.device("cpu")
+    fits = replace(HEALTHY_MODEL, fitting=2)
+    assert measured(CONFIG, dataset, cpu, fits, options, 1) is HEALTHY_SPEED
+    assert tried == [2, 3, 4, 6]
+    assert measured(CONFIG, dataset, cpu, replace(HEALTHY_MODEL, fitting=None), options, 1) is None
+    assert measured(CONFIG, dataset, cpu, fits, replace(options, batch_size=4), 1) is None
+
+
+@pytest.mark.parametrize(
+    ("once", "each", "seconds", "examples"),
+    [
+        (0.0, 0.001, 10.0, 64),  # 64 take 0.064 s
+        (0.5, 0.001, 10.0, 64),  # what does not grow with the batch does not make it too long
+        (0.0, 1.0, 64.0, 64),
+        (0.0, 1.0, 40.0, 6),  # 24 s for 4 steps of 6 examples
+        (0.0, 100.0, 10.0, 1),
+    ],
+)
+def test_a_step_that_would_take_too_long_has_fewer_examples(
+    once: float, each: float, seconds: float, examples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+
+    def at(_: object, x: torch.Tensor, *__: object) -> tuple[torch.Tensor, torch.Tensor]:
+        taken.append(len(x))
+        return x.clone().requires_grad_(), x
+
+    def timed(call: Callable[[], None], *_: object) -> Timing:
+        call()
+        return Timing((once + each * taken[-1],), 1.0, warm=True)
+
+    monkeypatch.setattr("sde.doctoring.speed.repeat", timed)
+    trainer: Any = SimpleNamespace(
+        options=TrainingOptions(batch_size=64),
+        batches=lambda step: (torch.zeros(64, 1), None),
+        denoiser=SimpleNamespace(sde=VP()),
+        loss=SimpleNamespace(at=at),
+        optimizer=torch.optim.Adam([torch.zeros(1, requires_grad=True)]),
+        device=torch.device("cpu"),
+    )
+    assert affordable_batch(trainer, seconds) == examples
+    assert taken == sorted(taken)
 
 
 def test_one_of_several_processes_speaks_and_measures_no_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

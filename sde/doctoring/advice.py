@@ -26,6 +26,7 @@ PREVIEWS = 0.1  # of the time
 CHECKPOINT_SECONDS = 3600.0
 SUSPICIOUS = 0.01  # share of examples
 SMALL_SHM = 2**30
+BUSY = 0.5  # load, over the cores
 
 # Learning rates of Adam that have been published for a kind of network, a factor of 5 or 10 wider on either side
 LEARNING_RATES = {"EDM2": (1e-3, 1e-1), "DiT": (1e-5, 1e-3), "MLP": (2e-5, 2e-2)}
@@ -215,6 +216,17 @@ def threads(found: Findings) -> str | None:
     return None
 
 
+def busy(found: Findings) -> str | None:
+    """Others at work make timings worse than they would be."""
+    load, there = found.machine.load, found.machine.cores_there
+    if load is None or load <= BUSY * there:
+        return None
+    return (
+        f"The machine's load was {load:.2g} before this began, on {count(there, 'core')}: with less other work "
+        "training may be faster than the times above."
+    )
+
+
 def loading(found: Findings) -> str | None:
     """Training that waits for its data."""
     speed = found.speed
@@ -336,6 +348,7 @@ RULES: tuple[Rule, ...] = (
     precision,
     compilation,
     threads,
+    busy,
     loading,
     warmup,
     learning_rate,

@@ -59,9 +59,11 @@ class Machine:
         cpu: name of the processor.
         cores: cores that may be used, a fraction where a quota says so.
         cores_there: logical cores of the machine.
+        load: threads at work on the machine or waiting for a core, on average over the last minute; None if unknown.
         threads: that torch uses.
         threads_asked: OMP_NUM_THREADS, or None.
         bf16: whether the CPU multiplies bfloat16 matrices.
+        fused: kinds of device with a fused Adam, "cpu" and "cuda".
         memory: bytes of memory, up to the limit of the process's control groups.
         memory_free: bytes of it that can be had.
         gpus: visible ones.
@@ -83,9 +85,11 @@ class Machine:
     cpu: str
     cores: float
     cores_there: int
+    load: float | None
     threads: int
     threads_asked: str | None
     bf16: bool
+    fused: tuple[str, ...]
     memory: int | None
     memory_free: int | None
     gpus: tuple[GPU, ...]
@@ -113,9 +117,11 @@ def examine_machine(runs: Path) -> Machine:
         cpu=cpu_name(),
         cores=usable_cores(),
         cores_there=there,
+        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         threads=torch.get_num_threads(),
         threads_asked=os.environ.get("OMP_NUM_THREADS"),
         bf16=multiplies_bfloat16(),
+        fused=tuple(kind for kind in ("cpu", "cuda") if has_fused_adam(kind)),
         memory=memory,
         memory_free=free,
         gpus=tuple(examine_gpu(i) for i in range(torch.cuda.device_count())),
@@ -137,6 +143,17 @@ def examine_gpu(index: int) -> GPU:
     """GPU number `index`."""
     free, total = torch.cuda.mem_get_info(index)
     return GPU(torch.cuda.get_device_name(index), total, free, torch.cuda.get_device_capability(index))
+
+
+def has_fused_adam(kind: str) -> bool:
+    """Whether PyTorch can update all parameters on such a device in one kernel."""
+    if kind == "cuda" and not torch.cuda.is_available():
+        return False
+    try:
+        torch.optim.Adam([torch.zeros(1, device=kind, requires_grad=True)], fused=True)
+    except RuntimeError:
+        return False
+    return True
 
 
 def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:

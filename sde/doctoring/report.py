@@ -66,7 +66,9 @@ def duration(seconds: float) -> str:
     if seconds < 48 * 3600:
         hours, minutes = divmod(round(seconds / 60), 60)
         return f"{hours} h" + (f" {minutes} min" if minutes else "")
-    return f"{seconds / 86400:.1f} days"
+    if seconds < 730 * 86400:
+        return f"{seconds / 86400:.1f} days"
+    return f"{seconds / 86400 / 365.25:.3g} years"
 
 
 def count(n: int, one: str, many: str | None = None) -> str:
@@ -93,9 +95,10 @@ def operations(n: float) -> str:
 def machine_lines(machine: Machine, device: str, precision: str) -> list[Line]:
     """What there is, and what of it training would use."""
     asked = f" (OMP_NUM_THREADS={machine.threads_asked})" if machine.threads_asked else ""
+    load = "" if machine.load is None else f", load {machine.load:.3g}"
     lines = [
         ("system", f"{machine.system}; Python {machine.python}"),
-        ("cpu", f"{machine.cpu}; {machine.cores:.3g} of {count(machine.cores_there, 'logical core')} usable"),
+        ("cpu", f"{machine.cpu}; {machine.cores:.3g} of {count(machine.cores_there, 'logical core')} usable{load}"),
         ("threads", f"{machine.threads}{asked}"),
         ("memory", f"{size(machine.memory_free)} free of {size(machine.memory)}"),
     ]
@@ -109,6 +112,7 @@ def machine_lines(machine: Machine, device: str, precision: str) -> list[Line]:
     lines += [
         ("cuda", cuda if machine.gpus or not machine.cuda else f"{cuda}; no GPU is visible"),
         ("device", f"{device}, training.precision={precision} computes in {computed(device, precision)}"),
+        ("optimizers", f"fused on {' and '.join(machine.fused)}" if machine.fused else "none are fused"),
         ("disk", f"{size(machine.disk_free)} free for {machine.disk}/"),
     ]
     if machine.shared_memory is not None:

@@ -262,8 +262,8 @@ def affordable_batch(trainer: Trainer, seconds: float) -> int:
         trainer.loss.at(trainer.denoiser, x[:n], torch.randn_like(x[:n]), t[:n], labels)[0].sum().backward()
 
     n, most = 1, options.batch_size // options.accumulation
-    while 4 * (taken := repeat(once, 0.02, trainer.device).median) < limit and n < most:
-        n = min(4 * n, most)
+    while 2 * (taken := repeat(once, 0.02, trainer.device).median) < limit and n < most:
+        n = min(2 * n, most)
     trainer.optimizer.zero_grad(set_to_none=True)
     whole = taken * options.batch_size / n
     return options.batch_size if whole <= seconds else max(1, min(most, int(n * limit / taken)))
