@@ -31,7 +31,8 @@ import sde.processes
 import sde.solvers
 import sde.training.ema
 import sde.training.logging
-import sde.training.options  # noqa: F401 - for the registries
+import sde.training.options
+import sde.training.schedules  # noqa: F401 - for the registries
 from sde.data import DATASETS
 from sde.errors import UserError, suggest
 from sde.registry import Registry
