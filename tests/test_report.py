@@ -33,7 +33,7 @@ from sde.runs import Run
 from tests.commands import TINY_2D, command
 
 BROWSER = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    (path for name in ("google-chrome", "chromium", "chromium-browser") if (path := shutil.which(name))), None
 )
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on the PATH")
 VOID = {"br", "img", "input", "meta"}
@@ -290,13 +290,13 @@ def test_steps_done_again_count_once(trained: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_being_written(trained: Path, tmp_path: Path) -> None:
-    speed = {"train/pictures_per_second": 64.0}
-    make_run(trained, tmp_path / "r", [{"step": 10, "seconds": 1.0, "train/loss": 1.0, **speed}])
+    lines = [{"step": step, "seconds": step / 2 + 100 * (step > 1), "train/loss": 1.0} for step in (1, 8, 12)]
+    make_run(trained, tmp_path / "r", lines)
     with Run(tmp_path / "r").locked():
         page = report("run=r", folder=tmp_path)
     assert page.one("h1").text == "r running"
     facts = {row.one("dt").text: row.one("dd").text for row in page.one("dl").all("div")}
-    assert facts["To go, about"] == "5.0 s"  # 10 steps of 32 at 64 a second
+    assert facts["To go, about"] == "1 min 16 s"  # 8 steps: 105.5 s were 11
 
 
 def test_several_runs_share_their_charts(trained: Path, tmp_path: Path) -> None:
@@ -534,6 +534,16 @@ def test_mistakes_get_one_sentence(arguments: list[str], expected: list[str], tr
     assert all(word in done.sentence for word in expected), done.sentence
     assert done.err.count("\n") == 1
     assert {path for path in trained.rglob("*") if path.is_file()} == before
+
+
+def test_a_browser_is_opened_where_it_is_wanted(trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    make_run(trained, tmp_path / "r", make_lines(5))
+    report("run=r", folder=tmp_path)
+    assert opened == []
+    report("run=r", "open=true", folder=tmp_path)
+    assert opened == [(tmp_path / "page.html").as_uri()]
 
 
 def test_a_page_is_never_half_written(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

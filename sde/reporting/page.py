@@ -18,6 +18,7 @@ from sde.reporting.series import (
     SMOOTHING,
     Chart,
     Levels,
+    Series,
     charts,
     clock,
     evaluation_charts,
@@ -92,7 +93,7 @@ def _payload(records: Sequence[Record], shown: Sequence[Chart], maps: Sequence[L
     }
 
 
-def _series(series: Any) -> dict[str, Any]:
+def _series(series: Series) -> dict[str, Any]:
     known = {key: getattr(series, key) for key in ("label", "run", "color", "dashed", "faint", "smooth", "x")}
     means = {} if series.mean is None or not series.smooth else {"mean": _digits(series.mean, 5)}
     return known | {"y": _digits(series.y, 6)} | means
@@ -170,9 +171,8 @@ def _facts(record: Record) -> list[tuple[str, str]]:
     facts = [("State", record.state), ("Step", f"{record.step:,}" + (f" of {record.steps:,}" if record.steps else ""))]
     facts.append(("Trained", duration(record.seconds)))
     speed = record.newest("train/pictures_per_second")
-    batch = (record.config.get("training") or {}).get("batch_size")
-    if record.state == "running" and record.steps and speed and isinstance(batch, int):
-        facts.append(("To go, about", duration(max(0, record.steps - record.step) * batch / speed)))
+    if record.state == "running" and record.seconds_to_go is not None:
+        facts.append(("To go, about", duration(record.seconds_to_go)))
     for label, name in (("Loss", "train/loss"), ("Validation loss", "val/loss")):
         value = record.newest(name)
         best = record.best(name) if name == "val/loss" else None
@@ -245,7 +245,7 @@ def _figure(chart: Chart) -> Markup:
             "li",
             element("i", class_=f"c{series.color % COLORS}{' dashed' * series.dashed}{' faint' * series.faint}"),
             f"{series.label} ",
-            element("span", class_="value"),
+            element("span", _last(series), class_="value"),
         )
         for series in chart.series
     ]
@@ -264,6 +264,11 @@ def _figure(chart: Chart) -> Markup:
         class_="chart",
         data_key=chart.key,
     )
+
+
+def _last(series: Series) -> str:
+    last = next((y for y in reversed(series.y) if y is not None), None)
+    return "not finite" if last is None else f"{last:.4g}"
 
 
 def _noise_levels(records: Sequence[Record], by_level: Sequence[Chart], maps: Sequence[Levels]) -> Markup:
@@ -303,7 +308,10 @@ def _samples(records: Sequence[Record], galleries: Sequence[Gallery]) -> Markup:
     last = len(steps) - 1
     slider = element(
         "label", "step ",
-        element("input", type="range", id="preview", min=0, max=last, value=last, data_steps=" ".join(map(str, steps))),
+        element(
+            "input", type="range", id="preview", min=0, max=last, value=last, disabled=last == 0,
+            data_steps=" ".join(map(str, steps)),
+        ),
         element("output", str(steps[-1]), id="preview-step", for_="preview"),
         class_="slider script",
     )  # fmt: skip

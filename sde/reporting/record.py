@@ -21,6 +21,8 @@ from sde.runs_summary import Metric, Summary
 from sde.solvers import SOLVERS
 from sde.training.metrics import read_metrics
 
+_RECENT = 20  # lines that tell the pace
+
 
 @dataclass(frozen=True)
 class Record:
@@ -75,6 +77,15 @@ class Record:
     def seconds(self) -> float:
         """Trained so far."""
         return max((float(line["seconds"]) for line in self.training), default=0.0)
+
+    @property
+    def seconds_to_go(self) -> float | None:
+        """At the pace of the newest lines, with the validations and previews among them; None before there is one."""
+        recent = self.training[-_RECENT:]
+        made = recent[-1]["step"] - recent[0]["step"] if recent else 0
+        if self.steps is None or made <= 0:
+            return None
+        return max(0, self.steps - self.step) * (recent[-1]["seconds"] - recent[0]["seconds"]) / made
 
     @property
     def state(self) -> str:
