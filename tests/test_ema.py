@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -464,10 +465,11 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sample(folder: Path, *arguments: str) -> np.ndarray:
-    """Samples as a command line draws them."""
+    """Samples as a command line draws them, without the pictures, which take longest."""
     number = len(list(folder.glob("samples-*")))
     out = f"samples-{number}"
-    done = command("sde.sample", *arguments, "solver=heun", "steps=3", "n=4", f"out={out}", folder=folder)
+    with mock.patch("sde.sample.draw_pictures"):
+        done = command("sde.sample", *arguments, "solver=heun", "steps=3", "n=4", f"out={out}", folder=folder)
     assert done.code == 0, done.err
     return np.load(folder / out / "samples.npz")["samples"]
 
