@@ -20,7 +20,7 @@ import torch
 import sde.doctoring.advice as rules
 from sde.data import DataInfo, Dataset, Split
 from sde.distributed import World
-from sde.doctor import measured
+from sde.doctor import measured, record
 from sde.doctoring import machine
 from sde.doctoring.advice import RULES, advise
 from sde.doctoring.data import DataFacts, distance_examples, examine_data, largest_distance, repeated_share
@@ -413,6 +413,8 @@ def test_one_step_and_none_are_said() -> None:
     text = dict(speed_lines(once, CPU))["step"]
     assert "1 step measured, scaled from steps of 4 examples" in text
     assert "the first" in text
+    compiled = replace(HEALTHY_SPEED, timing=Timing((0.1, 0.1), 63.0, warm=True))
+    assert "the first took 1 min 3 s" in dict(speed_lines(compiled, CPU))["step"]
     assert "fits" in dict(speed_lines(None, CPU))["not measured"]
     assert "one of 2 processes" in dict(speed_lines(None, replace(CPU, processes=2)))["not measured"]
 
@@ -470,6 +472,7 @@ HEALTHY_DATA = DataFacts(
 )
 VECTORS = replace(HEALTHY_DATA, kind="vectors", shape=(2,), gray_level=None, distance=3.0)
 HEALTHY_SPEED = Speed(
+    device="cpu",
     steps=100_000,
     batch_size=128,
     accumulation=1,
@@ -678,6 +681,9 @@ def test_what_is_usual_gives_no_advice(changed: dict[str, Any]) -> None:
 # The command line
 
 
+ON_CPU = ["training.device=cpu"]  # where the numbers below are exact
+
+
 def sections(done: Answer) -> dict[str, str]:
     """What was printed below each title."""
     assert done.code == 0, done.err
@@ -685,8 +691,9 @@ def sections(done: Answer) -> dict[str, str]:
     return {block[0]: block[1] for block in blocks}
 
 
-def test_points_are_diagnosed_and_nothing_is_left_behind(tmp_path: Path) -> None:
-    done = command("sde.doctor", *TINY_2D, "seconds=0.2", "out=doctor.json", folder=tmp_path)
+def test_points_are_diagnosed_and_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sde.doctoring.speed.affordable_batch", lambda *_: 32)  # however busy the machine is
+    done = command("sde.doctor", *TINY_2D, *ON_CPU, "seconds=0.2", "out=doctor.json", folder=tmp_path)
     assert list(sections(done)) == ["Machine", "Data", "Noise", "Network", "Speed", "Advice"]
     assert max(map(len, done.out.splitlines())) <= WIDTH
     assert [path.name for path in tmp_path.rglob("*")] == ["doctor.json"]
@@ -711,7 +718,7 @@ def test_points_are_diagnosed_and_nothing_is_left_behind(tmp_path: Path) -> None
 
 def test_pictures_are_diagnosed_on_a_part_of_a_long_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sde.doctoring.speed.affordable_batch", lambda *_: 3)
-    arguments = [*TINY, "data.characters=digits", "training.batch_size=64", "training.accumulation=2"]
+    arguments = [*TINY, *ON_CPU, "data.characters=digits", "training.batch_size=64", "training.accumulation=2"]
     done = command("sde.doctor", *arguments, "conditional=true", "seconds=0.01", "out=d.json", folder=tmp_path)
     assert "Advice" in sections(done)
     found = json.loads((tmp_path / "d.json").read_text())
@@ -724,7 +731,7 @@ def test_pictures_are_diagnosed_on_a_part_of_a_long_step(tmp_path: Path, monkeyp
 def test_what_does_not_fit_is_measured_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sde.doctor.free_memory", lambda *_: 2**21)
     monkeypatch.setattr("sde.doctoring.speed.affordable_batch", lambda *_: 16)
-    arguments = [*TINY, "data.characters=digits", "training.batch_size=16", "seconds=0.1", "out=d.json"]
+    arguments = [*TINY, *ON_CPU, "data.characters=digits", "training.batch_size=16", "seconds=0.1", "out=d.json"]
     done = command("sde.doctor", *arguments, folder=tmp_path)
     assert done.code == 0, done.err
     found = json.loads((tmp_path / "d.json").read_text())
@@ -786,13 +793,20 @@ def test_a_step_that_would_take_too_long_has_fewer_examples(
     assert taken == sorted(taken)
 
 
+def test_the_record_has_no_numbers_that_json_lacks() -> None:
+    found = healthy(noise=replace(examine_noise(VE(), HEALTHY_DATA), to_distance=math.inf))
+    text = json.dumps(record(found), allow_nan=False)
+    assert json.loads(text)["noise"]["to_distance"] is None
+    assert json.loads(text)["data"]["shape"] == [3, 32, 32]
+
+
 def test_one_of_several_processes_speaks_and_measures_no_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sde.doctoring.machine.world", lambda: World(rank=0, size=2, local_rank=0))
-    done = command("sde.doctor", *TINY_2D, folder=tmp_path)
+    done = command("sde.doctor", *TINY_2D, *ON_CPU, folder=tmp_path)
     assert "process 0 of 2" in sections(done)["Machine"]
     assert "leave torchrun out" in sections(done)["Speed"]
     monkeypatch.setattr("sde.doctor.is_main", lambda: False)
-    silent = command("sde.doctor", *TINY_2D, folder=tmp_path)
+    silent = command("sde.doctor", *TINY_2D, *ON_CPU, folder=tmp_path)
     assert (silent.code, silent.out) == (0, "")
 
 

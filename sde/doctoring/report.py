@@ -207,12 +207,14 @@ def speed_lines(speed: Speed | None, machine: Machine) -> list[Line]:
         how += f", scaled from steps of {count(speed.timed, 'example')}, of {duration(speed.timing.median)}"
     if not speed.timing.warm:
         how += ", the first, which is slower than those that follow"
+    elif speed.timing.first > max(10 * speed.timing.median, 1.0):  # a network that was compiled
+        how += f"; the first took {duration(speed.timing.first)}"
     parts = f" in {speed.accumulation} parts" if speed.accumulation > 1 else ""
     rate = f"{operations(speed.rate)}/s"
     if speed.peak:
         rate += f", {percent(speed.rate / speed.peak)} of the device's peak"
     previews, kept = speed.previews * speed.preview, speed.checkpoint * speed.checkpoints
-    whose = "of the process" if speed.peak is None else "of the device"
+    whose = "of the process" if speed.device == "cpu" else "of the device"
     after = f", and {duration(previews)} for {count(speed.previews, 'preview')}" if previews >= 1 else ""
     return [
         ("step", f"{duration(speed.step)} for {count(speed.batch_size, 'example')}{parts} ({how})"),

@@ -85,6 +85,7 @@ class Speed:
     """How long training takes.
 
     Attributes:
+        device: "cpu" or "cuda".
         steps: optimizer steps of the whole training.
         batch_size: examples of a step.
         accumulation: parts of a batch that were measured with.
@@ -104,6 +105,7 @@ class Speed:
         previews: how many previews there will be.
     """
 
+    device: str
     steps: int
     batch_size: int
     accumulation: int
@@ -208,6 +210,7 @@ def measure_speed(
         optimizer = time_optimizer(trainer, budget["optimizer"])
         bar.update()
     return Speed(
+        device=device.type,
         steps=options.steps,
         batch_size=asked.batch_size,
         accumulation=options.accumulation,
@@ -262,6 +265,7 @@ def affordable_batch(trainer: Trainer, seconds: float) -> int:
         trainer.loss.at(trainer.denoiser, x[:n], torch.randn_like(x[:n]), t[:n], labels)[0].sum().backward()
 
     n, most = 1, options.batch_size // options.accumulation
+    once()  # the first time is slower
     while 2 * (taken := repeat(once, 0.02, trainer.device).median) < limit and n < most:
         n = min(2 * n, most)
     trainer.optimizer.zero_grad(set_to_none=True)
