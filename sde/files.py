@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,11 @@ from typing import Any, BinaryIO
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A temporary name to write a file under; it becomes `path` when the block ends, and goes when it fails."""
+    """A temporary name to write a file under; it becomes `path` when the block ends, and goes when it fails.
+
+    Raises:
+        OSError: when the system refuses something, such as more space, whatever the library that writes makes of it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
     try:
@@ -24,6 +29,11 @@ def new_file(path: Path) -> Iterator[Path]:
         sync(temporary)
         temporary.replace(path)
         sync_folder(path.parent)
+    except Exception as error:
+        refused = refusal(error)
+        if refused is None or refused is error:
+            raise
+        raise refused from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -49,6 +59,19 @@ def write_json(path: Path, value: Any) -> None:
 def temporary_beside(path: Path) -> Path:
     """A hidden name beside `path` that nobody else has, with the permissions that any new file gets."""
     return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+
+
+def refusal(error: Exception) -> OSError | None:
+    """What the system refused a library that was writing a file; None when the library failed for another reason.
+
+    PyTorch raises an error of its own while it handles that of the file, and safetensors tells its number.
+    """
+    if isinstance(error, OSError):
+        return error
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        return error.__context__
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return None if number is None else OSError(int(number[1]), os.strerror(int(number[1])))
 
 
 def sync(path: Path) -> None:

@@ -102,10 +102,12 @@ def best_step(steps: Iterable[int], metrics: Iterable[Mapping[str, Any]], name: 
     return min(found, key=lambda step: (found[step], step), default=None)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what processes left that were killed in the middle of writing a checkpoint; nobody may be writing."""
-    for path in folder.glob(".step-*.pt.*"):
-        path.unlink(missing_ok=True)
+def remove_leftovers(run: Path) -> None:
+    """Delete what trainings left in a run's folder that were killed in the middle of writing; none may be at work."""
+    folders = ("checkpoints/.step-*", "previews/.step-*", "ema/.snapshot-*")
+    for pattern in (*folders, ".config.yaml.*", ".data.json.*", ".environment.json.*", ".metrics.jsonl.*"):
+        for path in run.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 class DamagedCheckpoint(UserError):
