@@ -222,13 +222,14 @@ def train_run(run: Run, config: dict[str, Any], resumed: bool, automatic: bool) 
         validation = Validation(dataset, trainer.options, device, labeled)
         logger: Logger = build(config["logger"], "logger")
         compile_network(trainer.denoiser.network, device, trainer.options.compile)
-        if is_main():
-            run.write_beginning(config, dataset.info, device)
-            remembered("run", str(run.path.resolve()))
-            remove_leftovers(run.checkpoints)
-            announce(run, trainer, dataset)
-        with records(run, trainer, config, logger) as metrics, StopRequest().listening() as stop:
-            fit(trainer, hooks(run, trainer, config, dataset, validation, plan, metrics, logger), stop)
+        with StopRequest().listening() as stop:
+            if is_main():
+                run.write_beginning(config, dataset.info, device)
+                remembered("run", str(run.path.resolve()))
+                remove_leftovers(run.path)
+                announce(run, trainer, dataset)
+            with records(run, trainer, config, logger) as metrics:
+                fit(trainer, hooks(run, trainer, config, dataset, validation, plan, metrics, logger), stop)
     finish(run, trainer, stop)
 
 
@@ -450,12 +451,12 @@ def hooks(
         with disk_may_be_full("this snapshot of averages"):
             trainer.averages.snapshot(run.path / AVERAGES_FOLDER, trainer.step)
 
-    def save() -> None:
+    def save(needed: bool) -> None:
         content = {"config": dict(config), "data": info.to_dict(), **trainer.state()}
         if metrics is None:
             return
         metrics.sync()
-        write_checkpoint(run, content, options, last=trainer.step >= options.steps)
+        write_checkpoint(run, content, options, metrics, needed)
 
     def last_good() -> str:
         known = list_checkpoints(run.checkpoints)
@@ -494,52 +495,52 @@ def disk_may_be_full(what: str) -> Iterator[None]:
         print(f"\nwarning: no space is left on the disk: left out {what}", file=sys.stderr)
 
 
-def write_checkpoint(run: Run, content: Mapping[str, Any], options: TrainingOptions, last: bool) -> None:
+def write_checkpoint(
+    run: Run, content: Mapping[str, Any], options: TrainingOptions, metrics: MetricsFile, needed: bool
+) -> None:
     """Write a checkpoint and delete those that are no longer kept.
 
     On a full disk older ones make room, but for the newest and those that are kept for good. If that does not help,
-    training goes on without this checkpoint, in the hope of space for the next; the last one has to be written.
+    training goes on without this checkpoint, in the hope of space for the next, unless there will be no next one.
 
     Raises:
-        OSError: when the last one cannot be.
+        Fault: when there is no space for a checkpoint that is needed.
+        OSError: when it cannot be written for another reason.
     """
-    folder = run.checkpoints
+    saved = has_saved(run, content)
+    if not saved and options.keep:
+        prune(run, options, 1)
+        metrics.sync()
+        saved = has_saved(run, content)
+    if saved:
+        prune(run, options, options.keep)
+        return
+    full = f"no space is left on the disk for the checkpoint of step {content['step']}"
+    if needed:
+        go_on_with = f"python -m sde.train {shlex.quote(f'resume={run.path}')}"
+        known = list_checkpoints(run.checkpoints)
+        kept = f"go on from step {known[-1][0]} with {go_on_with}" if known else "train again, for there is none yet"
+        raise Fault(f"{full}: free some, and {kept}")
+    print(f"\nwarning: {full}: going on without it; free some before the next one", file=sys.stderr)
 
-    def prune(keep: int) -> None:
-        steps = [step for step, _ in list_checkpoints(folder)]
-        best = best_step(steps, read_metrics(run.metrics), options.keep_best) if options.keep_best else None
-        prune_checkpoints(folder, keep, options.keep_every, best)
 
+def has_saved(run: Run, content: Mapping[str, Any]) -> bool:
+    """Write a checkpoint; False when there is no space for it."""
     try:
-        save_checkpoint(folder, content)
-    except (OSError, RuntimeError) as error:
-        if not no_space(error):
+        save_checkpoint(run.checkpoints, content)
+    except OSError as error:
+        if error.errno not in FULL:
             raise
-        if options.keep:
-            prune(1)
-        try:
-            save_checkpoint(folder, content)
-        except (OSError, RuntimeError) as again:
-            if last or not no_space(again):
-                raise (
-                    again if isinstance(again, OSError) else OSError(errno.ENOSPC, "no space", str(folder))
-                ) from None
-            print(
-                f"\nwarning: no space is left on the disk for the checkpoint of step {content['step']}: going on "
-                "without it; free some before the next one",
-                file=sys.stderr,
-            )
-            return
-    prune(options.keep)
+        return False
+    return True
 
 
-def no_space(error: Exception) -> bool:
-    """Whether a file could not be written because the disk is full; PyTorch's writer says so in a RuntimeError."""
-    if isinstance(error, OSError):
-        return error.errno in FULL
-    cause = error.__context__
-    writer = "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error)
-    return (isinstance(cause, OSError) and cause.errno in FULL) or writer
+def prune(run: Run, options: TrainingOptions, keep: int) -> None:
+    """Delete all checkpoints but the newest `keep` and those that are kept for good."""
+    steps = [step for step, _ in list_checkpoints(run.checkpoints)]
+    lines = read_metrics(run.metrics) if options.keep_best and run.metrics.exists() else []
+    best = best_step(steps, lines, options.keep_best) if options.keep_best else None
+    prune_checkpoints(run.checkpoints, keep, options.keep_every, best)
 
 
 def save_samples_picture(path: Path, x: torch.Tensor, dataset: Dataset) -> bool:

@@ -144,14 +144,15 @@ class Trainer:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         elif options.non_finite == "skip":
-            self._step_if(torch.isfinite(norm))
+            loss = total(self._losses[step % options.log_every, 0].clone())
+            self._step_if(torch.isfinite(norm) & torch.isfinite(loss))
         else:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     def _step_if(self, finite: Tensor) -> None:
-        """An optimizer step unless the gradient was not finite, which a fused optimizer finds out on the device."""
+        """An optimizer step unless loss or gradient was not finite, which a fused optimizer finds out on the device."""
         if self._skips_on_device:
             fused: Any = self.optimizer
             fused.grad_scale, fused.found_inf = None, (~finite).float()
@@ -261,7 +262,7 @@ class Hooks:
     validate: Callable[[], dict[str, float]]
     preview: Callable[[], None]
     snapshot: Callable[[], None]
-    save: Callable[[], None]
+    save: Callable[[bool], None]  # whether training ends with this checkpoint
     last_good: Callable[[], str]
 
 
@@ -286,9 +287,9 @@ def fit(trainer: Trainer, hooks: Hooks, stop: StopRequest) -> bool:
         while trainer.step < options.steps and not asked_to_stop(stop.signal is not None):
             trainer.make_step()
             bar.update()
-            saves = due(options.checkpoint_every)
+            saves, snapshots = due(options.checkpoint_every), due(trainer.averages.options.snapshot_every)
             validates = due(options.validate_every) or (saves and options.keep_best is not None)
-            if due(options.log_every) or validates or saves:
+            if due(options.log_every) or validates or saves or snapshots:
                 metrics = trainer.flush(hooks.last_good)
                 seconds = time.monotonic() - clock
                 metrics["train/pictures_per_second"] = (trainer.step - since) * options.batch_size / seconds
@@ -300,10 +301,10 @@ def fit(trainer: Trainer, hooks: Hooks, stop: StopRequest) -> bool:
                 hooks.log(metrics)
                 bar.set_postfix_str(_brief(metrics), refresh=False)
                 clock, since = time.monotonic(), trainer.step
-            if due(trainer.averages.options.snapshot_every):
+            if snapshots:
                 hooks.snapshot()
             if saves:
-                hooks.save()
+                hooks.save(trainer.step == options.steps)
             if due(options.preview_every):
                 hooks.preview()
             if saves or due(options.preview_every):
@@ -311,7 +312,7 @@ def fit(trainer: Trainer, hooks: Hooks, stop: StopRequest) -> bool:
     if trainer.step < options.steps:
         if trainer.step > trainer._logged_from:
             hooks.log(trainer.flush(hooks.last_good))
-        hooks.save()
+        hooks.save(True)
     return trainer.step >= options.steps
 
 
