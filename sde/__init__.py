@@ -4,6 +4,12 @@ The public names of the library. Importing it imports neither hydra nor wandb.
 """
 
 import os
+import sys
+
+if sys.argv[:1] == ["-m"]:  # python -m sde.train: Ctrl-C while all of this is being imported is answered in a sentence
+    from sde.interrupting import leave_at_once
+
+    leave_at_once()
 
 # Threads of PyTorch's CPU kernels wait by sleeping rather than spinning (read when torch is first imported). It costs
 # nothing when the cores are free; where another program shares them, spinning makes training many times slower.

@@ -31,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sde.config import closest_key, conf_dir, import_plugins, plain
 from sde.distributed import is_main, join, leave, lost_another, printing_on_main, say_once, world
 from sde.errors import Fault, UserError, check_choice, suggest
+from sde.interrupting import SENTENCE, raise_again
 
 RESUMABLE = "training, ema, optimizer, schedule and logger, and preview_steps"
 Command = Callable[[dict[str, Any]], None]
@@ -65,6 +66,7 @@ def run_command(name: str, command: Command, *, several: bool = False) -> None:
     job = Job(name, command)
     _FAILURES.clear()
     try:
+        raise_again()
         if world().size > 1:
             meet_others(name, several)
         with printing_on_main():
@@ -212,14 +214,14 @@ def explain(error: BaseException, name: str) -> Failure | None:
     if isinstance(error, HydraException | OmegaConfBaseException):
         return Failure(explain_hydra(str(error), name), 2)
     if isinstance(error, KeyboardInterrupt):
-        return Failure("interrupted; nothing was left half-written", 130, prefix="")
+        return Failure(SENTENCE, 130, prefix="")
     if isinstance(error, Fault):
         return Failure(str(error), 1)
     if lost_another(error):
         return Failure("another process has ended in the middle of the work: its reason stands above or below", 1)
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
         advice = "lower the batch size or the size of the model"
-        return Failure(f"the device is out of memory ({_first_line(error)}): {advice}", 1)
+        return Failure(f"out of memory ({_first_line(error)}): {advice}", 1)
     if isinstance(error, OSError):
         return Failure(explain_os(error), 1)
     if type(error).__module__.split(".")[0] in ("joblib", "submitit"):
@@ -278,11 +280,15 @@ def _leave(failures: list[Failure]) -> None:
 
 
 def _remove_empty(folder: Path) -> None:
-    """Remove the folder that Hydra made for a command that wrote nothing to it."""
-    for path in (folder, folder.parent):
-        if path.resolve() not in Path.cwd().resolve().parents and path.resolve() != Path.cwd().resolve():
-            with contextlib.suppress(OSError):
-                path.rmdir()
+    """Remove the folder that Hydra made for a command that wrote nothing to it, and those around it up to this one."""
+    here, folder = Path.cwd().resolve(), folder.resolve()
+    if here in folder.parents:
+        made = [path for path in (folder, *folder.parents) if here in path.parents]
+    else:
+        made = [path for path in (folder, folder.parent) if path != here and path not in here.parents]
+    with contextlib.suppress(OSError):
+        for path in made:
+            path.rmdir()
 
 
 def _first_line(error: BaseException) -> str:
@@ -292,7 +298,7 @@ def _first_line(error: BaseException) -> str:
 def explain_os(error: OSError) -> str:
     """One sentence for a failed file operation."""
     where = f" {error.filename!r}" if error.filename else ""
-    if error.errno == errno.ENOSPC:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space is left on the device{where}: free some, or choose another folder"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return (
