@@ -19,6 +19,7 @@ checkpoint, and the denoiser that they describe.
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import runpy
 import subprocess
@@ -39,8 +40,9 @@ from sde.denoiser import Denoiser
 from sde.errors import UserError, suggest
 from sde.files import write_json, write_text
 from sde.interop.folders import is_exported, read_folder
-from sde.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, load_newest
+from sde.training.checkpoint import Checkpoint, best_step, list_checkpoints, load_checkpoint, load_newest
 from sde.training.ema import EMAOptions, average_name, averages_of
+from sde.training.metrics import read_metrics
 
 try:
     import fcntl
@@ -48,6 +50,17 @@ except ImportError:  # Windows has no fcntl
     fcntl = None  # type: ignore[assignment]
 
 RUNS = Path("runs")
+_HELD: set[IO[str]] = set()  # locks of this process
+
+
+def _let_go() -> None:
+    """In a process that was forked off, such as a worker that reads ahead, and may outlive the one with the lock."""
+    while _HELD:
+        _HELD.pop().close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 @dataclass(frozen=True)
@@ -82,19 +95,33 @@ class Run:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / ".lock"
-        with file.open("a") as handle:
+        handle = self._locked_file(file)
+        _HELD.add(handle)
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+            _HELD.remove(handle)
+            handle.close()
+
+    def _locked_file(self, file: Path) -> IO[str]:
+        """`file`, open and locked, unless the file system has no locks."""
+        while True:
+            handle = file.open("a")
             try:
                 _lock(handle)
+                if os.path.samestat(os.fstat(handle.fileno()), os.stat(file)):
+                    return handle
             except BlockingIOError:
+                handle.close()
                 raise UserError(
                     f"{self.path} is being written by another process: wait for it, or choose another hydra.run.dir"
                 ) from None
-            except OSError:  # some network file systems have no locks
+            except FileNotFoundError:  # the process that had it has removed it just now
                 pass
-            try:
-                yield
-            finally:
-                file.unlink(missing_ok=True)
+            except OSError:  # some network file systems have no locks
+                return handle
+            handle.close()
 
     def is_locked(self) -> bool:
         """Whether another process is writing the run; False where a file system has no locks to ask."""
@@ -167,9 +194,10 @@ def _hidden(path: Path) -> bool:
 
 
 def open_checkpoint(run: Run, which: str | int) -> Checkpoint:
-    """The checkpoint `which` of a run: "latest", a step, or the path of a file.
+    """The checkpoint `which` of a run: "latest", "best", a step, or the path of a file.
 
-    The folder of an exported model (`sde.interop.export`) has one, which is its latest.
+    The best one has the lowest value of the metric that `training.keep_best` names, or else of val/loss. The folder of
+    an exported model (`sde.interop.export`) has one, which is its latest.
 
     Raises:
         UserError: when there is none, or the one asked for by name is damaged. A damaged newest one is passed over,
@@ -179,6 +207,8 @@ def open_checkpoint(run: Run, which: str | int) -> Checkpoint:
         return read_folder(run.path)
     if which == "latest":
         return load_newest(run.checkpoints)
+    if which == "best":
+        return load_checkpoint(_best(run))
     if str(which).isdigit():
         steps = dict(list_checkpoints(run.checkpoints))
         if int(which) not in steps:
@@ -186,6 +216,19 @@ def open_checkpoint(run: Run, which: str | int) -> Checkpoint:
             raise UserError(f"checkpoint={which} is not one of the steps that {run.path} has: {known}")
         return load_checkpoint(steps[int(which)])
     return load_checkpoint(Path(str(which)).expanduser())
+
+
+def _best(run: Run) -> Path:
+    """The checkpoint with the lowest value of the metric by which a run tells them apart."""
+    name = (run.config().get("training") or {}).get("keep_best") or "val/loss"
+    known = dict(list_checkpoints(run.checkpoints))
+    step = best_step(known, read_metrics(run.metrics) if run.metrics.exists() else [], name)
+    if step is None:
+        raise UserError(
+            f"checkpoint=best: {name} was measured at none of the checkpoints that {run.path} has: use latest, or "
+            f"train with training.keep_best={name}, which measures it at each"
+        )
+    return known[step]
 
 
 def build_denoiser(config: Mapping[str, Any], info: DataInfo) -> Denoiser:
