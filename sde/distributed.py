@@ -319,6 +319,12 @@ def load_full_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str,
         for k, s in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": numbers})
+    for k, saved in numbers.items():
+        held = optimizer.state[parameters[int(k)]]
+        for name, value in saved.items():
+            # PyTorch casts to the parameter's type what NAdam, say, keeps in float32 whatever that is
+            if isinstance(value, Tensor) and value.dtype != held[name].dtype:
+                held[name] = value.to(held[name].device, copy=True)
 
 
 @contextlib.contextmanager
