@@ -15,6 +15,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import secrets
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -39,13 +41,11 @@ class World:
         rank: its number among all, from 0.
         size: how many there are.
         local_rank: its number on this machine, that of its GPU.
-        attempt: how often torchrun has started all of them again.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    attempt: int = 0
 
 
 @lru_cache(maxsize=1)
@@ -53,7 +53,7 @@ def world() -> World:
     """Who this process is, as torchrun's environment variables say; one process alone without them."""
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return World()
-    numbers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")
+    numbers = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     return World(*(int(os.environ.get(name) or 0) for name in numbers))
 
 
@@ -75,7 +75,7 @@ def join() -> None:
     try:
         kept = _torchrun_store()
         # torchrun's store still holds the addresses that an earlier attempt left in it
-        store = None if kept is None else dist.PrefixStore(f"sde/attempt{here.attempt}", kept)
+        store = None if kept is None else dist.PrefixStore(f"sde/{meeting(kept, here)}", kept)
         rank, size = (-1, -1) if store is None else (here.rank, here.size)
         dist.init_process_group(backend, timeout=_PATIENCE, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
@@ -84,6 +84,29 @@ def join() -> None:
             f"rank {here.rank} of {here.size} cannot reach the other processes ({reason}): check torchrun's "
             "--rdzv-endpoint, or name the network interface in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
         ) from error
+
+
+def meeting(store: dist.Store, here: World) -> str:
+    """A name that the processes of one attempt agree on, and no other attempt has.
+
+    Their number of restarts is no such name: a torchrun that starts its processes again because those of another node
+    died does not count that. torchrun ends all processes of an attempt before it starts any of the next, so what is
+    announced after rank 0 has cleared away old announcements is of this attempt. A process announces until it is heard.
+    """
+    if here.rank == 0:
+        name, others = secrets.token_hex(8), [f"sde/here/{rank}" for rank in range(1, here.size)]
+        for other in others:
+            store.delete_key(other)
+        for other in others:
+            store.set(f"sde/meeting/{store.get(other).decode()}", name)
+        return name
+    own, end = secrets.token_hex(8), time.monotonic() + _PATIENCE.total_seconds()
+    while time.monotonic() < end:
+        store.set(f"sde/here/{here.rank}", own)
+        if store.check([f"sde/meeting/{own}"]):
+            return store.get(f"sde/meeting/{own}").decode()
+        time.sleep(0.05)
+    raise RuntimeError("rank 0 does not answer")
 
 
 def leave() -> None:

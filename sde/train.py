@@ -91,7 +91,7 @@ def choose_folder() -> None:
         UserError: when there is no such run.
     """
     wanted = argument("resume")
-    before = remembered("run") if world().attempt else None
+    before = remembered("run")
     if before is not None:
         folder = before
         if wanted is None:
