@@ -254,6 +254,13 @@ def test_charts_stand_without_a_script(trained: Path, tmp_path: Path) -> None:
     assert "train ends at 2" in label
 
 
+STRANGE = f"""{{"step": 1, "seconds": 1, "a": 1e308, "b": 5e-324, "": 1, "c": -Infinity, "d": true}}
+{{"step": 2, "seconds": "x", "": 1}}
+{{"step": 3, "seconds": 1, "a": {10**400}, "b/log_snr=1": 1, "b/log_snr=x": 1}}
+{{"step": 4, "": 2}}
+"""
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -261,15 +268,18 @@ def test_charts_stand_without_a_script(trained: Path, tmp_path: Path) -> None:
         ('{"step": 5, "seconds": 1.0, "train/loss": 0.5}\n', "train"),
         ('{"step": 5, "seconds": 1.0, "train/loss": null}\n{"step": 6, "seconds": 2.0, "train/loss": NaN}\n', "train"),
         ('{"step": 5, "seconds": 1.0, "train/loss": 0.5}\n{"step": 6, "seco', "train"),
+        (STRANGE, "finished"),
         ('{"step": 5, "seconds": null, "train/loss": 0.5}\n{"step": 5, "kind": "x", "a/b": 1}\n[1]\nnull\n', "a/b"),
     ],
-    ids=["none", "one", "nulls", "cut off", "odd"],
+    ids=["none", "one", "nulls", "cut off", "strange", "odd"],
 )
 def test_records_of_any_kind(text: str, expected: str, trained: Path, tmp_path: Path) -> None:
     make_run(trained, tmp_path / "r", text)
     page = report("run=r", folder=tmp_path)
     assert expected in page.text
     assert "There are no previews yet" in page.text
+    keys = [figure.attributes["data-key"] for figure in page.all("figure", class_="chart")]
+    assert len(set(keys)) == len(keys)  # the script finds the figure of each chart by them
 
 
 def test_what_is_not_finite_is_marked_and_breaks_the_curve(trained: Path, tmp_path: Path) -> None:
@@ -441,15 +451,32 @@ def test_every_axis_can_be_drawn(values: list[float | None], log: bool) -> None:
     assert all(0 < axis.place(v) < 1 for v in values if v is not None and (v > 0 or not log))
 
 
+def test_levels_without_examples_are_left_out(trained: Path, tmp_path: Path) -> None:
+    """And are not taken for numbers that were not finite."""
+    name, other, third = (f"train/eps_mse/log_snr={level}" for level in LEVELS)
+    lines = [
+        {"step": 1, "seconds": 1, name: 1.0, other: 2.0, third: 3.0},
+        {"step": 2, "seconds": 2, name: 1.0, third: None},
+    ]
+    make_run(trained, tmp_path / "r", lines)
+    page = report("run=r", folder=tmp_path)
+    (series,) = chart_of(page, "level-eps_mse")["series"]
+    assert (series["x"], series["y"]) == ([LEVELS[0], LEVELS[2]], [1.0, None])
+    assert len(page.one("figure", data_key="level-eps_mse").all("path", class_="bad")) == 1
+    assert data_of(page)["maps"][0]["rows"] == [[1.0, 2.0, 3.0], [1.0, None, None]]
+
+
 def test_maps_show_each_number_at_its_place() -> None:
-    levels = Levels("val/eps_mse", 0, [-2.0, 3.0], [100, 200, 300], [[1.0, 0.1], [0.01, 0.1], [None, 1.0]])
+    levels = Levels(
+        "val/eps_mse", 0, [-2.0, 3.0], [100, 200, 300, 400], [[1.0, 0.1], [0.01, 0.1], [None, 1.0], [math.nan, 1.0]]
+    )
     svg = parse(draw_map(levels))
     picture = svg.all("image")[0].attributes["href"].removeprefix("data:image/png;base64,")
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture)))).astype(int)
-    assert pixels.shape == (2, 3, 3)
+    assert pixels.shape == (2, 4, 3)
     low, middle, high, none = (68, 1, 84), (33, 145, 140), (253, 231, 37), (128, 128, 128)
-    assert [tuple(p) for p in pixels[1]] == [high, low, none]  # below: the noisiest
-    assert [tuple(p) for p in pixels[0]] == [middle, middle, high]  # logarithmic: 0.1 is between 0.01 and 1
+    assert [tuple(p) for p in pixels[1]] == [high, low, none, none]  # below: the noisiest
+    assert [tuple(p) for p in pixels[0]] == [middle, middle, high, high]  # logarithmic: 0.1 is between 0.01 and 1
     many = Levels("x", 0, [0.0], [1, 2, *range(1000, 9000)], [[float(k)] for k in range(8002)])
     steps, rows = many.columns(50)
     assert len(steps) == len(rows) == 50

@@ -111,8 +111,8 @@ def draw_map(levels: Levels) -> Markup:
     """Colors over step (across) and noise level (up: less noise), logarithmic where all numbers are positive."""
     steps, rows = levels.columns()
     low, high, log = color_range(levels)
-    box_height, gap = 216, 62
-    width, height = 440, box_height + BOTTOM + 4
+    box_height, gap = 216, 68
+    width, height = 440, box_height + BOTTOM + 10
     inner = width - LEFT - gap
     span, count = steps[-1] - steps[0], len(steps)
     parts: list[Markup] = [
@@ -132,8 +132,8 @@ def draw_map(levels: Levels) -> Markup:
         if k % every == 0:
             y = round(4 + box_height - (k + 0.5) * side, 1)
             parts.append(element("text", f"{center:g}", class_="y", x=LEFT - 6, y=y, dy="0.32em"))
-    parts.append(element("text", "step", class_="name", x=LEFT + inner, y=height - 2))
-    parts.append(element("text", "log SNR", class_="unit", x=2, y=height - 2))
+    parts.append(element("text", "step", class_="name", x=LEFT + inner, y=height - 5))
+    parts.append(element("text", "log SNR", class_="unit", x=2, y=height - 5))
     bar = LEFT + inner + 12
     scale = _encode(_colors(np.linspace(1, 0, 64))[:, None])
     parts.append(element("image", href=scale, x=bar, y=4, width=10, height=box_height, preserveAspectRatio="none"))
@@ -147,7 +147,7 @@ def draw_map(levels: Levels) -> Markup:
 
 def color_range(levels: Levels) -> tuple[float, float, bool]:
     """(least, greatest, whether the colors are logarithmic)."""
-    values = [v for row in levels.rows for v in row if v is not None]
+    values = [v for row in levels.rows for v in row if v is not None and not math.isnan(v)]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     return low, high, low > 0
 

@@ -118,7 +118,7 @@
     const { step: steps, seconds } = clock;
     if (!steps.length) return null;
     const k = Math.min(Math.max(1, upper(steps, step)), steps.length - 1);
-    if (steps.length === 1 || step <= steps[0]) return seconds[0] * step / steps[0] / unitSeconds;
+    if (steps.length === 1 || step <= steps[0]) return seconds[0] * (steps[0] ? step / steps[0] : 1) / unitSeconds;
     const share = Math.min(1, (step - steps[k - 1]) / (steps[k] - steps[k - 1]));
     return (seconds[k - 1] + share * (seconds[k] - seconds[k - 1])) / unitSeconds;
   }
@@ -327,7 +327,7 @@
     let row = 0, column = map.steps.length - 1;
     const say = () => {
       const value = map.rows[column][row];
-      at.textContent = `step ${map.steps[column]}, log SNR ${map.centers[row]}: ${value === null ? "not finite" : value}`;
+      at.textContent = `step ${map.steps[column]}, log SNR ${map.centers[row]}: ${value === null ? "no number" : value}`;
     };
     find(".plot", figure).addEventListener("pointermove", (event) => {
       const box = image.getBoundingClientRect();

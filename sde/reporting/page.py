@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +40,10 @@ def make_page(records: Sequence[Record], galleries: Sequence[Gallery], composed:
         galleries: the pictures of each.
         composed: the configuration that a run without any options has.
     """
-    trained, evaluated = charts(records), evaluation_charts(records)
     families = [levels for number, record in enumerate(records) for levels in read_levels(record, number)]
-    by_level = level_charts(families, records)
+    trained, by_level, evaluated = _distinct(
+        charts(records), level_charts(families, records), evaluation_charts(records)
+    )
     maps = [levels for levels in families if len(levels.steps) > 1 and len(levels.centers) > 1]
     content = [
         _header(records),
@@ -53,6 +57,19 @@ def make_page(records: Sequence[Record], galleries: Sequence[Gallery], composed:
         data_block("data", _payload(records, [*trained, *by_level, *evaluated], maps)),
     ]
     return _document(" and ".join(record.name for record in records), content)
+
+
+def _distinct(*groups: Sequence[Chart]) -> list[list[Chart]]:
+    """The charts with keys that no other has: a name may be recorded by training and by an evaluation."""
+    taken = set[str]()
+    result: list[list[Chart]] = []
+    for group in groups:
+        result.append([])
+        for chart in group:
+            key = next(k for n in count() if (k := f"{chart.key}{f'-{n + 1}' if n else ''}") not in taken)
+            taken.add(key)
+            result[-1].append(replace(chart, key=key))
+    return result
 
 
 def _document(title: str, content: Sequence[str]) -> str:
@@ -101,9 +118,13 @@ def _series(series: Series) -> dict[str, Any]:
 
 def _map(levels: Levels) -> dict[str, Any]:
     steps, rows = levels.columns()
+    plain = [[None if value is None or math.isnan(value) else value for value in row] for row in rows]
     return {
-        "key": _map_key(levels), "centers": levels.centers, "steps": steps, "rows": [_digits(row, 4) for row in rows],
-    }  # fmt: skip
+        "key": _map_key(levels),
+        "centers": levels.centers,
+        "steps": steps,
+        "rows": [_digits(row, 4) for row in plain],
+    }
 
 
 def _map_key(levels: Levels) -> str:
@@ -149,7 +170,8 @@ def _with_small(value: str) -> list[str]:
 def parts_of(record: Record) -> str:
     """SDE, parameterization, model, data and so on in one line."""
     config, data = record.config, record.data
-    shape = "×".join(str(n) for n in data.get("shape", []))
+    shape = data.get("shape")
+    shape = "×".join(map(str, shape)) if isinstance(shape, list) else ""
     size = f" ({shape}, {data['num_classes']} classes)" if data.get("num_classes") else f" ({shape})" if shape else ""
     steps = config.get("preview_steps")
     schedule = record.part("schedule")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shlex
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from sde.solvers import SOLVERS
 from sde.training.metrics import read_metrics
 
 _RECENT = 20  # lines that tell the pace
+_LARGEST = 1e300  # what is larger has no place on an axis, and what is smaller than its inverse is 0 there
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class Record:
     @cached_property
     def training(self) -> list[dict[str, Any]]:
         """The lines that training wrote."""
-        return [line for line in self.lines if line.get("seconds") is not None]
+        return [line for line in self.lines if type(line.get("seconds")) in (int, float)]
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
         """The lines that later evaluations wrote."""
-        return [line for line in self.lines if line.get("seconds") is None]
+        return [line for line in self.lines if type(line.get("seconds")) not in (int, float)]
 
     @property
     def step(self) -> int:
@@ -70,8 +70,7 @@ class Record:
     @property
     def steps(self) -> int | None:
         """How many the run shall have."""
-        wanted = (self.config.get("training") or {}).get("steps")
-        return wanted if isinstance(wanted, int) else None
+        return self.summary.steps
 
     @property
     def seconds(self) -> float:
@@ -95,7 +94,8 @@ class Record:
     def part(self, group: str) -> str:
         """What the command line calls the class of a group: "vp"."""
         if group == "preview_solver":
-            target = (self.config.get(group) or {}).get("_target_")
+            node = self.config.get(group)
+            target = node.get("_target_") if isinstance(node, dict) else None
             return next((name for name, cls in SOLVERS.items() if path_of(cls) == target), "-")
         return self.summary.part(group) or "-"
 
@@ -160,8 +160,10 @@ def read_record(run: Run, name: str | None = None) -> Record:
         raise UserError(f"run={run.path} has no metrics.jsonl: give the folder that training made") from None
     for line in lines:
         for key, value in line.items():
-            if isinstance(value, float) and not math.isfinite(value):
+            if type(value) in (int, float) and not abs(value) <= _LARGEST:  # nan among them
                 line[key] = None
+            elif type(value) is float and abs(value) < 1 / _LARGEST:
+                line[key] = 0.0
     lines.sort(key=lambda line: line["step"])
     return Record(
         summary=Summary(run, name or run.path.resolve().name, Metric("val/loss")),

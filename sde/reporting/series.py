@@ -102,7 +102,10 @@ class Chart:
 
 @dataclass
 class Levels:
-    """Numbers by noise level over a run: `rows[k][j]` is that of step `steps[k]` at log SNR `centers[j]`."""
+    """Numbers by noise level over a run: `rows[k][j]` is that of step `steps[k]` at log SNR `centers[j]`.
+
+    It is None where nothing was recorded, for want of examples at that level, and nan for what was not finite.
+    """
 
     name: str
     run: int
@@ -262,7 +265,7 @@ def kind_of(line: Mapping[str, Any]) -> str:
 
 def read_levels(record: Record, run: int) -> list[Levels]:
     """The numbers by noise level of a run, one object for each name."""
-    values: dict[str, dict[int, dict[float, float | None]]] = {}
+    values: dict[str, dict[int, dict[float, float]]] = {}
     known: dict[str, tuple[str, float] | None] = {}
     for line in record.lines:
         for name, value in line.items():
@@ -271,7 +274,8 @@ def read_levels(record: Record, run: int) -> list[Levels]:
                 known[name] = (match[1], float(match[2])) if match else None
             place = known[name]
             if place is not None and (value is None or type(value) in (int, float)):
-                values.setdefault(place[0], {}).setdefault(line["step"], {})[place[1]] = value
+                row = values.setdefault(place[0], {}).setdefault(line["step"], {})
+                row[place[1]] = math.nan if value is None else value
     found = []
     for name, by_step in sorted(values.items()):
         levels = Levels(name, run, sorted({center for row in by_step.values() for center in row}))
@@ -296,11 +300,12 @@ def level_charts(families: Sequence[Levels], records: Sequence[Record]) -> list[
         position = levels.run if several else int(split != "train")
         for k in (*early, last):
             label = f"{records[levels.run].name} {split}" if several else split
+            recorded = [(c, v) for c, v in zip(levels.centers, levels.rows[k], strict=True) if v is not None]
             series.append(
                 Series(
                     f"{label}, step {levels.steps[k]}",
-                    list(levels.centers),
-                    levels.rows[k],
+                    [center for center, _ in recorded],
+                    [None if math.isnan(value) else value for _, value in recorded],
                     run=levels.run,
                     color=position,
                     dashed=split != "train" or k != last,
