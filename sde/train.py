@@ -105,9 +105,17 @@ def choose_folder() -> None:
         if {"-m", "--multirun"} & set(sys.argv):
             raise UserError("resume= goes on with one run: leave --multirun out")
         folder = str(find_run(wanted).path)
-        sys.argv = [word.lstrip("+") if word.lstrip("+").startswith("resume=") else word for word in sys.argv]
+        sys.argv[1:] = [addressed_to_run(word) for word in sys.argv[1:]]
     escaped = folder.replace("'", "\\'")
     sys.argv.append(f"hydra.run.dir='{escaped}'")
+
+
+def addressed_to_run(word: str) -> str:
+    """An override as Hydra takes it for a run of another schedule, optimizer or logger than this command's own."""
+    bare = word.lstrip("+")
+    if bare.startswith("resume="):
+        return bare
+    return f"++{bare}" if bare.startswith(("schedule.", "optimizer.", "logger.", "preview_solver.")) else word
 
 
 def settle(run: Run, config: dict[str, Any]) -> tuple[dict[str, Any], bool]:
@@ -130,7 +138,8 @@ def resumed_config(run: Run) -> dict[str, Any]:
     config = with_new_options(run.config())
     groups = choices()
     for override in task_overrides():
-        key, _, value = override.lstrip("+").partition("=")
+        override = override.lstrip("+")
+        key, _, value = override.partition("=")
         if key == "resume" or key.startswith("hydra"):
             continue
         if key in groups or not key.startswith(("training.", "ema.", "optimizer.", "schedule.", "logger.", "preview_")):
@@ -286,7 +295,7 @@ def make_trainer(config: dict[str, Any], dataset: Dataset, device: torch.device)
         denoiser=denoiser,
         averages=kept,
         loss=loss,
-        optimizer=build(config["optimizer"], "optimizer", params=network.parameters()),
+        optimizer=make_optimizer(config["optimizer"], network),
         options=options,
         batches=Batches(
             dataset,
@@ -301,6 +310,25 @@ def make_trainer(config: dict[str, Any], dataset: Dataset, device: torch.device)
         ),
         schedule=build(config["schedule"], "schedule"),
     )
+
+
+def make_optimizer(node: Mapping[str, Any], network: torch.nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of a network's weights.
+
+    Raises:
+        UserError: for options that PyTorch refuses, or an optimizer that does not go with this training.
+    """
+    try:
+        optimizer: torch.optim.Optimizer = build(node, "optimizer", params=network.parameters())
+    except UserError:
+        raise
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(f"optimizer._target_={node['_target_']}: {reason}: change its options, or take adam") from error
+    if isinstance(optimizer, torch.optim.LBFGS | torch.optim.SparseAdam):
+        needs = "the loss again within a step" if isinstance(optimizer, torch.optim.LBFGS) else "sparse gradients"
+        raise UserError(f"optimizer._target_={node['_target_']} needs {needs}, which there is not: take adam")
+    return optimizer
 
 
 def with_largest_batch(
@@ -406,8 +434,8 @@ def records(run: Run, trainer: Trainer, config: Mapping[str, Any], logger: Logge
     if not is_main():
         yield None
         return
-    logger.start(run.path, config, trainer.step)
     metrics = MetricsFile(run.metrics, trainer.step)
+    logger.start(run.path, config, trainer.step)
     code = 1
     try:
         yield metrics
