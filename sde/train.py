@@ -280,10 +280,11 @@ def make_trainer(config: dict[str, Any], dataset: Dataset, device: torch.device)
     if automatic:
         options = with_largest_batch(config, options, denoiser, loss, dataset, device)
     network = denoiser.network
-    if len(dataset.info.shape) == 3:
+    in_parts = options.parallel == "fsdp" and world().size > 1
+    if len(dataset.info.shape) == 3 and not in_parts:  # FSDP2 takes contiguous weights alone
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     kept = Averages(network, averages)
-    if options.parallel == "fsdp" and world().size > 1:
+    if in_parts:
         for each in (network, *kept.networks.values()):
             shard(each, device)
     parts = options.parts(world().size)

@@ -7,6 +7,7 @@ the optimizer's numbers in each process, and puts a block of the network togethe
 from __future__ import annotations
 
 import contextlib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -72,8 +73,10 @@ class WholeCopies(Spread):
 
     def __init__(self, objective: Objective, device: torch.device) -> None:
         ids = [device.index] if device.type == "cuda" else None
+        known = inspect.signature(DistributedDataParallel).parameters
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # PyTorch < 2.13
         self.objective = DistributedDataParallel(
-            objective, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            objective, device_ids=ids, gradient_as_bucket_view=True, **{buffers: False}
         )
 
     def accumulating(self, more: bool) -> contextlib.AbstractContextManager[Any]:
