@@ -31,6 +31,7 @@ import sde.processes
 import sde.solvers
 import sde.training.ema
 import sde.training.logging
+import sde.training.optimizers
 import sde.training.options
 import sde.training.schedules  # noqa: F401 - for the registries
 from sde.data import DATASETS
@@ -72,7 +73,7 @@ def find_class(target: str, group: str) -> type:
     """
     known = {path_of(cls): cls for registry in Registry.all if registry.kind == group for _, cls in registry.items()}
     if group == "optimizer":
-        known = {
+        known |= {
             f"torch.optim.{name}": cls
             for name, cls in vars(torch.optim).items()
             if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)

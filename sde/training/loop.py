@@ -43,7 +43,7 @@ from sde.distributed import (
 from sde.errors import UserError
 from sde.losses import DenoisingScoreMatching
 from sde.progress import progress_bar
-from sde.randomness import step_seed
+from sde.randomness import seed_global, step_seed
 from sde.training.batches import Batches
 from sde.training.ema import Averages
 from sde.training.options import TrainingOptions
@@ -115,7 +115,7 @@ class Trainer:
         row = step % options.log_every
         self._losses[row] = 0
         for part, rows in self._parts:
-            torch.manual_seed(step_seed(options.seed, step, f"dropout {part}"))
+            seed_global(step_seed(options.seed, step, f"dropout {part}"), self.device)
             mine = slice(rows.start - first, rows.stop - first)
             last = part == self._parts[-1][0]
             with self.spread.accumulating(not last), autocast(self.device, options.precision):
