@@ -140,7 +140,7 @@ def resumed_config(run: Run) -> dict[str, Any]:
     for override in task_overrides():
         override = override.lstrip("+")
         key, _, value = override.partition("=")
-        if key == "resume" or key.startswith("hydra"):
+        if key in ("resume", "plugins") or key.startswith("hydra"):
             continue
         if key in groups or not key.startswith(("training.", "ema.", "optimizer.", "schedule.", "logger.", "preview_")):
             raise UserError(
