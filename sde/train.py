@@ -118,6 +118,12 @@ def addressed_to_run(word: str) -> str:
     return f"++{bare}" if bare.startswith(("schedule.", "optimizer.", "logger.", "preview_solver.")) else word
 
 
+def as_written(folder: Path) -> Path:
+    """`folder` as seen from where the command was given, if it lies there."""
+    here = Path.cwd().resolve()
+    return folder.relative_to(here) if folder.is_relative_to(here) and folder != here else folder
+
+
 def settle(run: Run, config: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     """The configuration to train with, and whether the run goes on.
 
@@ -198,7 +204,7 @@ def first_difference(name: str, wanted: Any, own: Any) -> tuple[str, Any, Any] |
 
 def train(config: dict[str, Any]) -> None:
     """Train as `config` says, from the beginning or on from the newest checkpoint of `resume`."""
-    run = Run(Path(share(str(Path(output_dir()).resolve() if world().size > 1 else output_dir()))))
+    run = Run(as_written(Path(share(str(Path(output_dir()).resolve())))))
     automatic = config.get("resume") == "auto"
     with contextlib.ExitStack() as stack:
         settled, resumed = on_main(lambda: settle(run, config))
