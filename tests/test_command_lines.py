@@ -64,7 +64,7 @@ def test_a_run_is_a_complete_folder(glyph_run: Path) -> None:
     assert last["step"] == 4
     assert {"train/loss", "train/gradient_norm", "train/pictures_per_second", "train/lr", "val/loss"} <= last.keys()
     levels = [name for name in last if name.startswith("val/eps_mse/log_snr=")]
-    assert len(levels) == 10
+    assert len(levels) == 8  # an example each
     assert Image.open(run / "previews" / "step-00000004.png").size[0] >= 256
 
 
@@ -215,7 +215,7 @@ MISTAKES = [
     ("sde.train", ["training.steps=abc"], ["training.steps='abc'", "whole number"]),
     ("sde.train", ["training.steps=0"], ["training.steps=0", "at least 1"]),
     ("sde.train", ["training.batch_size=6", "training.accumulation=4"], ["does not divide"]),
-    ("sde.train", ["training.precision=fp8"], ["fp8", "fp32, bf16"]),
+    ("sde.train", ["training.precision=fp8"], ["fp8", "fp32, tf32, bf16"]),
     ("sde.train", ["optimizer.lr=fast"], ["optimizer.lr='fast'", "number"]),
     ("sde.train", ["sde.beta_min=-1"], ["beta_min=-1", "at least 0"]),
     ("sde.train", ["sde=ve", "sde.sigma_max=0.001"], ["sigma_max=0.001", "above 0.01"]),
@@ -258,7 +258,7 @@ MISTAKES = [
     ("sde.sample", ["checkpoint=7"], ["checkpoint=7", "20"]),
     ("sde.sample", ["checkpoint=none.pt"], ["none.pt", "does not exist"]),
     ("sde.sample", ["label=1"], ["label=1", "conditional=true"]),
-    ("sde.sample", ["precision=fp64"], ["fp64", "fp32, bf16"]),
+    ("sde.sample", ["precision=fp64"], ["fp64", "fp32, tf32, bf16"]),
     ("sde.sample", ["out=runs"], ["out=runs", "not empty"]),
     ("sde.interop.score_sde", [], ["needs a value"]),
     ("sde.interop.score_sde", ["checkpoint=a.pth", "config=b.json"], ["b.json", "does not exist"]),
@@ -475,7 +475,7 @@ def test_interrupted_sampling_keeps_its_batches(
     """Asked to stop in the third batch: two are kept, the same samples as those of a run to the end."""
     whole = command("sde.sample", "solver=heun", "steps=4", "n=12", "batch_size=3", "out=whole", folder=point_run)
     assert whole.code == 0, whole.err
-    sampling = importlib.import_module("sde.sampling")
+    sampling = importlib.import_module("sde.sample")
     original, batches = sampling.draw_batch, []
 
     def draw_batch(denoiser: Any, plan: Any, indices: Any, *others: Any) -> Any:

@@ -427,7 +427,7 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (["run=nope"], ["run=nope", "does not exist"]),
     (["run=empty"], ["empty has no checkpoint"]),
     (["run=runs/g", "ema=maybe"], ["ema='maybe'", "true or false"]),
-    (["run=runs/g", "precision=fp64"], ["fp64", "fp32, bf16"]),
+    (["run=runs/g", "precision=fp64"], ["fp64", "fp32, tf32, bf16"]),
     (["run=runs/g", "device=mps"], ["'mps'", "auto, cpu, cuda"]),
     (["run=runs/g", "flow.layers=1"], ["flow.layers=1", "at least 2"]),
     (["run=runs/g", "flow.bins=many"], ["flow.bins='many' must be a whole number"]),
