@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sde.denoiser import Denoiser
 from sde.distributed import full, is_sharded, world
+from sde.errors import UserError
 from sde.losses import DenoisingScoreMatching
 
 
@@ -115,13 +116,25 @@ def spread_objective(objective: Objective, how: str, device: torch.device) -> Sp
 def shard(network: nn.Module, device: torch.device) -> None:
     """Spread a network's parameters over all processes (FSDP2), block by block; the modules stay what they are.
 
-    A block is what a list of modules of the network holds: its weights are put together when it is called.
+    A block is what a list of modules of the network holds, of several layers: its weights are put together when it is
+    called.
+
+    Raises:
+        UserError: for a network that FSDP2 cannot spread.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    scalars = [name for name, parameter in network.named_parameters() if parameter.ndim == 0]
+    if scalars:
+        raise UserError(
+            f"training.parallel=fsdp cannot spread {type(network).__name__}, whose weight {scalars[0]} is one number: "
+            "use training.parallel=ddp"
+        )
     mesh = init_device_mesh(device.type, (world().size,))
     lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
-    for block in [block for blocks in reversed(lists) for block in blocks if any(True for _ in block.parameters())]:
-        fully_shard(block, mesh=mesh)
+    for block in [block for blocks in reversed(lists) for block in blocks]:
+        # tables of numbers are read without being called, and lists cannot be called
+        if any(True for _ in block.children()) and not isinstance(block, nn.ModuleList):
+            fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)

@@ -10,7 +10,7 @@ from torch import Tensor
 from sde.data import DataInfo, Dataset, Order
 from sde.denoiser import Denoiser
 from sde.devices import autocast
-from sde.distributed import is_sharded, share_of, total
+from sde.distributed import is_sharded, share_of, total, world
 from sde.losses import DenoisingScoreMatching
 from sde.randomness import SampleNoise, step_seed
 from sde.training.batches import check_pixels, dequantize
@@ -110,9 +110,12 @@ class Validation:
     def _gradient_norms(self, trained: Denoiser, loss: DenoisingScoreMatching, times: Tensor) -> list[float]:
         """Norm of the gradient of the mean loss at each of `times`, over as many examples as a step has, or fewer.
 
-        Computed by each process alone; of a network that is spread over processes, by all together.
+        Computed by each process alone, in parts as large as those of a step; of a network that is spread over
+        processes, by all together.
         """
-        rows = range(min(len(self.values), self.options.batch_size // self.options.accumulation, _MOST))
+        n = min(len(self.values), self.options.batch_size, _MOST)
+        most = self.options.batch_size // self.options.parts(world().size)
+        parts = [range(start, min(start + most, n)) for start in range(0, n, most)]
         network = trained.network
         parameters = [p for p in network.parameters() if p.requires_grad]
         training = network.training
@@ -120,9 +123,10 @@ class Validation:
         norms = []
         try:
             for t in times:
-                with torch.enable_grad():
-                    weighted, _ = self._evaluate(trained, loss, rows, t.expand(len(rows)), "levels")
-                    weighted.mean().backward()
+                for rows in parts:
+                    with torch.enable_grad():
+                        weighted, _ = self._evaluate(trained, loss, rows, t.expand(len(rows)), "levels")
+                        (weighted.sum() / n).backward()
                 gradients = [p.grad for p in parameters if p.grad is not None]
                 norms.append(torch.linalg.vector_norm(torch.stack([_norm(g) for g in gradients])))
                 for p in parameters:
