@@ -1,0 +1,5 @@
+"""Metrics: how far generated examples are from data. One file per metric, or per family of them."""
+
+from sde.metrics.base import METRICS, Metric, Sets, register
+
+__all__ = ["METRICS", "Metric", "Sets", "register"]
