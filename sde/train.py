@@ -36,7 +36,7 @@ from sde.distributed import (
     share_of,
     world,
 )
-from sde.errors import Fault, UserError, check_flag
+from sde.errors import Fault, UserError, check_flag, suggest
 from sde.models.summary import summarize
 from sde.pictures import save_grid, save_scatter
 from sde.runs import Run, build_denoiser, ema_options, find_run
@@ -575,6 +575,13 @@ def prune(run: Run, options: TrainingOptions, keep: int) -> None:
     steps = [step for step, _ in list_checkpoints(run.checkpoints)]
     lines = read_metrics(run.metrics) if options.keep_best and run.metrics.exists() else []
     best = best_step(steps, lines, options.keep_best) if options.keep_best else None
+    if options.keep_best and best is None:
+        known = sorted({name for line in lines for name in line})
+        print(
+            f"\nwarning: training.keep_best={options.keep_best} was measured at none of the checkpoints"
+            f"{suggest(options.keep_best, known)}",
+            file=sys.stderr,
+        )
     prune_checkpoints(run.checkpoints, keep, options.keep_every, best)
 
 

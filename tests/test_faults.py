@@ -698,6 +698,14 @@ def test_the_newest_the_best_and_every_so_many_stay(trainings: Trainings, tmp_pa
     assert not np.array_equal(best, newest)
 
 
+def test_a_best_one_by_a_metric_that_there_is_not_is_told(trainings: Trainings, tmp_path: Path) -> None:
+    words = [*WORDS, "training.keep_best=val/los", f"training.steps={EVERY}", "hydra.run.dir=r"]
+    done = trainings.run("sde.train", *words, folder=tmp_path)
+    assert done.code == 0
+    said = "warning: training.keep_best=val/los was measured at none of the checkpoints; did you mean 'val/loss'?"
+    assert said in done.err
+
+
 def test_the_best_of_checkpoints_that_were_not_measured(trainings: Trainings, whole: Path, tmp_path: Path) -> None:
     run = Run(tmp_path / "r")
     shutil.copytree(whole, run.path)
