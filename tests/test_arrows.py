@@ -52,6 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": FOUNDATION | TOOLS,
     "data": FOUNDATION | TOOLS,
     "metrics": FOUNDATION | TOOLS,
+    "evaluation": CORE | TOOLS | {"solvers", "density", "data", "models", "metrics", "training"},
     "training": CORE | TOOLS | {"solvers", "guidance", "density", "data", "models", "metrics"},
 }
 
