@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import likelihood, likelihood_weighting, overhead, solvers
-from benchmarks.measures import directions, energy_distance, kappa, pair_sum, projections, sliced_wasserstein
+from benchmarks.measures import energy_distance, projections, sliced_wasserstein
 from benchmarks.original_likelihood import original_log_prob
 from benchmarks.peers import Peer, chain, peers
 from benchmarks.report import markdown_table, replace_section
@@ -25,6 +25,7 @@ from sde.density.divergence import Hutchinson
 from sde.density.flow import log_prob
 from sde.errors import UserError
 from sde.losses import DenoisingScoreMatching
+from sde.metrics.sliced import directions, kappa, pair_sum
 from sde.processes import EDM, SDE, VE, VP, RectifiedFlow, SubVP
 from sde.reverse import ReverseProcess
 from sde.sampling import make_times
@@ -98,7 +99,7 @@ def test_sliced_distance_of_a_shift_in_the_plane() -> None:
     x = normal(300, 2, seed=3).float()
     found = sliced_wasserstein(projections(x), projections(x + torch.tensor([0.3, -0.4])))
     assert found == pytest.approx(0.5 * 2 / math.pi, rel=2e-3)
-    assert directions(2).norm(dim=1).sub(1).abs().max() < 1e-6
+    assert directions(2, 32).norm(dim=1).sub(1).abs().max() < 1e-6
 
 
 # Targets
