@@ -25,6 +25,7 @@ import sde.density
 import sde.grids
 import sde.interop.chains
 import sde.losses
+import sde.metrics
 import sde.models
 import sde.parameterizations
 import sde.processes

@@ -35,7 +35,8 @@ class Sets:
 
     Args:
         generated: features of generated examples, (n, D).
-        reference: features of the data that they are held against, (m, D): the training examples, unless told otherwise.
+        reference: features of the data that they are held against, (m, D): the training examples, unless told
+            otherwise.
         held_out: features of data that the model was not trained on, (k, D), or None.
         probabilities: of the classes of each generated example, (n, C), by a classifier; or None.
         seed: of everything that a metric draws.
@@ -91,7 +92,7 @@ class Metric(ABC):
         """
 
     def leave_out(self, sets: Sets, groups: int) -> list[dict[str, float]]:
-        """The numbers without each of `groups` groups of examples; leaves that can do so faster than anew override it."""
+        """The numbers without each of `groups` groups of examples; leaves that have a faster way override it."""
         return [self(sets.without(group, groups)) for group in range(groups)]
 
     def errors(self, sets: Sets, groups: int = 10) -> dict[str, float]:
@@ -119,6 +120,6 @@ def check_sets(sets: Sets, name: str, least: int) -> None:
             )
     if sets.generated.shape[1] != sets.reference.shape[1]:
         raise UserError(
-            f"{name} compares vectors of {sets.generated.shape[1]} and of {sets.reference.shape[1]} dimensions: they have "
-            "to come from the same extractor"
+            f"{name} compares vectors of {sets.generated.shape[1]} and of {sets.reference.shape[1]} dimensions: they "
+            "have to come from the same extractor"
         )
