@@ -319,15 +319,18 @@ def save_curves(
 
 
 class Line(NamedTuple):
-    """One line of `save_lines`: `y` over `x`."""
+    """One line of `save_lines`: `y` over `x`, with the standard errors of `y` as bars where they are given."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     dashed: bool = False
+    error: Sequence[float] | None = None
 
 
-def save_lines(path: Path, pairs: Sequence[tuple[Line, Line]], title: str, x_label: str, y_label: str) -> None:
+def save_lines(
+    path: Path, pairs: Sequence[Sequence[Line]], title: str, x_label: str, y_label: str, log_y: bool = False
+) -> None:
     """Write pairs of lines that are to be compared, both of a pair in one color, as a PNG.
 
     Args:
@@ -336,13 +339,17 @@ def save_lines(path: Path, pairs: Sequence[tuple[Line, Line]], title: str, x_lab
         title: above the plot.
         x_label: what x is.
         y_label: what y is.
+        log_y: a logarithmic axis for y.
     """
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7, 4), dpi=100)
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     for k, pair in enumerate(pairs):
         for line in pair:
-            axes.plot(line.x, line.y, color=f"C{k % 10}", lw=1.4, ls="--" if line.dashed else "-", label=line.name)
+            style = {"color": f"C{k % 10}", "lw": 1.4, "ls": "--" if line.dashed else "-", "label": line.name}
+            axes.errorbar(line.x, line.y, line.error, capsize=0 if line.error is None else 2, **style)
+    if log_y:
+        axes.set_yscale("log")
     if 2 * len(pairs) <= _NAMED:
         axes.legend(loc="best", fontsize=8)
     axes.grid(alpha=0.25)
