@@ -335,6 +335,8 @@ def make_optimizer(node: Mapping[str, Any], network: torch.nn.Module) -> torch.o
     if isinstance(optimizer, torch.optim.LBFGS | torch.optim.SparseAdam):
         needs = "the loss again within a step" if isinstance(optimizer, torch.optim.LBFGS) else "sparse gradients"
         raise UserError(f"optimizer._target_={node['_target_']} needs {needs}, which there is not: take adam")
+    if isinstance(optimizer, torch.optim.Adafactor) and is_sharded(network):
+        raise UserError("optimizer._target_=torch.optim.Adafactor cannot work on training.parallel=fsdp: take adam")
     return optimizer
 
 
