@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import sde.data
 import sde.density
+import sde.evaluation
 import sde.grids
 import sde.interop.chains
 import sde.losses

@@ -46,7 +46,7 @@ def presets() -> list[tuple[str, str]]:
     registered = {(registry.kind, name) for registry in Registry.all for name in registry}
     groups = {kind for kind, _ in registered}
     files = {(kind, path.stem) for kind in groups for path in (conf_dir() / kind).glob("*.yaml")}
-    return sorted(files - registered - {("grid", "auto"), ("divergence", "auto")})
+    return sorted(files - registered - {("grid", "auto"), ("divergence", "auto"), ("features", "auto")})
 
 
 def options(group: str, name: str) -> dict[str, Any]:

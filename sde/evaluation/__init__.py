@@ -1,5 +1,9 @@
-"""Evaluation: samples and data as features (`extractors`), and what is made of them."""
+"""Evaluation: samples and data as features, and what is told about the numbers that are made of them.
 
-from sde.evaluation import extractors
+`extractors` says what features are; those of networks register themselves in `classifier` and `pretrained`.
+`reference` keeps the features of data, `loader` reads samples from files, `samples` draws them.
+"""
 
-__all__ = ["extractors"]
+from sde.evaluation import classifier, extractors, pretrained
+
+__all__ = ["classifier", "extractors", "pretrained"]

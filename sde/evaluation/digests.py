@@ -52,4 +52,4 @@ def _chosen(values: Tensor, indices: Tensor) -> Iterable[Tensor]:
 def _feed(found: hashlib._Hash, blocks: Iterable[Tensor]) -> None:
     for block in blocks:
         # bytes are read in place where the block is contiguous and on the CPU
-        found.update(memoryview(block.cpu().contiguous().flatten().view(torch.uint8).numpy()))
+        found.update(block.cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -1,0 +1,297 @@
+"""Samples from files: what `python -m sde.sample` writes, arrays of others, and pictures in a folder or .zip.
+
+Samples are read a batch at a time, so that any number of them fits. Pictures are taken as they are: scaling or
+compressing them would change every number that is made of them (arXiv 2104.11222), so a picture of another size is
+refused, and JPEG is told. An array is read from the .npz as it is unpacked, without pickle, so that nothing can run.
+
+    samples = load_samples(Path("samples.npz"), info, batch_size=64)
+    for batch in samples:                 # uint8 (B, C, H, W), or float32 (B, ...)
+        ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sde.data import DataInfo
+from sde.data.files import Files, open_files
+from sde.data.pictures import FORMATS, SUFFIXES, Shaping, decode
+from sde.distributed import say_once
+from sde.errors import UserError, check_number
+
+KEYS = ("samples", "images", "x", "data", "arr_0", "x_train")  # the first that there is
+LOSSY = (".jfif", ".jpeg", ".jpg", ".webp")  # .webp can be lossless, and seldom is
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_DAMAGE = (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError)
+
+
+class Samples(ABC):
+    """Stored examples, read a batch at a time.
+
+    Args:
+        path: where they are.
+        info: what they have to be like; None: they say it themselves.
+        batch_size: examples of a batch when it is iterated over.
+
+    Attributes:
+        shape: of an example.
+        about: what the card says of them.
+    """
+
+    shape: tuple[int, ...]
+    about: dict[str, Any]
+
+    def __init__(self, path: Path, info: DataInfo | None, batch_size: int) -> None:
+        check_number("batch_size", batch_size, at_least=1)
+        self.path, self.info, self.batch_size = path, info, batch_size
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many there are."""
+
+    @abstractmethod
+    def read(self, rows: range) -> Tensor:
+        """Examples number `rows` (of step 1): uint8 (B, C, H, W) or float32 (B, ...). Fastest in ascending order.
+
+        Raises:
+            UserError: one is damaged, or unlike the others.
+        """
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Batches of at most `batch_size` examples, in order."""
+        for start in range(0, len(self), self.batch_size):
+            yield self.read(range(start, min(start + self.batch_size, len(self))))
+
+    def _check_like_data(self, kind: str) -> None:
+        """Raise `UserError` unless the samples are like the data."""
+        if self.info is None:
+            return
+        if kind != self.info.kind:
+            fix = (
+                "save pictures as uint8, rounded to the nearest gray level"
+                if kind == "vectors"
+                else "save vectors as float32"
+            )
+            raise UserError(f"samples={self.path} holds {kind} and {self.info.name} {self.info.kind}: {fix}")
+        if self.shape != tuple(self.info.shape):
+            raise UserError(
+                f"samples={self.path} holds examples of shape {self.shape} and {self.info.name} has "
+                f"{tuple(self.info.shape)}: give samples of the same size and channels (they are not scaled here, "
+                "since how that is done changes the numbers)"
+            )
+
+
+def load_samples(path: str | Path, info: DataInfo | None = None, batch_size: int = 64) -> Samples:
+    """The samples in a file or folder.
+
+    Args:
+        path: .npz of arrays (uint8 (N, H, W, C), (N, C, H, W) or (N, H, W), or floats (N, ...)), .npy, or a folder or
+            .zip of pictures, which are taken in the order of their names.
+        info: of the data that they are to be compared with; None to take them as they are.
+        batch_size: examples of a batch.
+
+    Raises:
+        UserError: there is nothing there, it cannot be read, or it is unlike the data.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise UserError(f"samples={path} does not exist: give an .npz or .npy file, or a folder or .zip of pictures")
+    if path.is_dir() or path.suffix == ".zip":
+        return PictureFiles(path, info, batch_size)
+    if path.suffix in (".npz", ".npy"):
+        return Array(path, info, batch_size)
+    raise UserError(f"samples={path} is not an .npz or .npy file, nor a folder or .zip of pictures")
+
+
+# Arrays
+
+
+class Array(Samples):
+    """The examples of an array in a .npz or .npy file."""
+
+    def __init__(self, path: Path, info: DataInfo | None, batch_size: int) -> None:
+        super().__init__(path, info, batch_size)
+        self._key = self._find_key()
+        with reading(path):
+            self._stream = self._open()
+            stored, fortran, self._dtype = read_header(self._stream, path)
+            self._start = self._stream.tell()
+            self._stored, self._whole = stored, self._read_whole() if fortran else None
+        if len(stored) < 2 or 0 in stored:
+            raise UserError(f"samples={path} has the shape {stored}: it must be (N, ...) with at least one value")
+        if self._dtype == np.uint8:
+            self._layout = layout_of(stored, info, path)
+        elif self._dtype.kind == "f":
+            self._layout = "floats"
+        else:
+            raise UserError(f"samples={path} has the type {self._dtype}: pictures are uint8, vectors float32")
+        self.shape = tuple(self._arrange(np.empty((0, *stored[1:]), self._dtype)).shape[1:])
+        self._check_like_data("vectors" if self._layout == "floats" else "pixels")
+        self.about = {"format": path.suffix[1:], "array": self._key, "type": str(self._dtype), "n": len(self)}
+
+    def __len__(self) -> int:
+        return int(self._stored[0])
+
+    def read(self, rows: range) -> Tensor:
+        if self._whole is not None:
+            return self._arrange(self._whole[rows.start : rows.stop])
+        count, size = len(rows), int(np.prod(self._stored[1:])) * self._dtype.itemsize
+        with reading(self.path):
+            # what is packed is unpacked from where the last batch ended, or from the beginning
+            self._stream.seek(self._start + rows.start * size)
+            content = self._stream.read(count * size)
+        if len(content) != count * size:
+            raise UserError(f"samples={self.path} ends before example {rows.stop}: write the file anew")
+        return self._arrange(np.frombuffer(content, self._dtype).reshape(count, *self._stored[1:]))
+
+    def _arrange(self, array: np.ndarray) -> Tensor:
+        if self._layout == "floats":
+            return torch.from_numpy(array.astype(np.float32))
+        if self._layout == "nhw":
+            array = array[:, None]
+        elif self._layout == "nhwc":
+            array = array.transpose(0, 3, 1, 2)
+        return torch.from_numpy(np.array(array, order="C"))
+
+    def _find_key(self) -> str | None:
+        """The name of the array in an .npz."""
+        if self.path.suffix == ".npy":
+            return None
+        with reading(self.path), zipfile.ZipFile(self.path) as file:
+            names = [name.removesuffix(".npy") for name in file.namelist()]
+        found = next((name for name in KEYS if name in names), None)
+        if found is None:
+            raise UserError(
+                f"samples={self.path} has {', '.join(names) or 'no arrays'}: call the array of samples `samples`"
+            )
+        return found
+
+    def _open(self) -> IO[bytes]:
+        return open(self.path, "rb") if self._key is None else zipfile.ZipFile(self.path).open(f"{self._key}.npy")
+
+    def _read_whole(self) -> np.ndarray:
+        content = np.load(self.path, allow_pickle=False)
+        return content if self._key is None else content[self._key]
+
+
+def layout_of(stored: tuple[int, ...], info: DataInfo | None, path: Path) -> str:
+    """Where an array of pictures has its channels: nhw, nhwc or nchw; like the data if one of them is, else by length.
+
+    Raises:
+        UserError: that cannot be told.
+    """
+    if len(stored) == 3:
+        return "nhw"
+    if len(stored) == 4:
+        _, a, b, c = stored
+        if info is not None and tuple(info.shape) in ((c, a, b), (a, b, c)):
+            return "nhwc" if tuple(info.shape) == (c, a, b) else "nchw"
+        fits = [name for name, length in (("nhwc", c), ("nchw", a)) if length in (1, 3)]
+        if len(fits) == 1:
+            return fits[0]
+    raise UserError(f"samples={path} has the shape {stored}: pictures are stored as (N, H, W, C) with 1 or 3 channels")
+
+
+def read_header(stream: IO[bytes], path: Path) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape of a stored array, whether it is stored column by column, and its type; `stream` is left at its values."""
+    version = np.lib.format.read_magic(stream)
+    if version not in _HEADERS:
+        raise ValueError(f"version {version} of the format")
+    shape, fortran, dtype = _HEADERS[version](stream)
+    if dtype.hasobject:
+        raise UserError(
+            f"samples={path} holds Python objects, which are never loaded, since that can run any program: save an "
+            "array of uint8 or float32"
+        )
+    return shape, fortran, dtype
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """A context in which whatever a damaged file of arrays leads to becomes one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except _DAMAGE as error:
+        raise UserError(f"samples={path} is damaged or is not a file of arrays ({error}): write it anew") from error
+
+
+# Pictures
+
+
+class PictureFiles(Samples):
+    """The pictures in a folder, with its sub-folders, or in a .zip."""
+
+    def __init__(self, path: Path, info: DataInfo | None, batch_size: int) -> None:
+        super().__init__(path, info, batch_size)
+        self._files: Files = open_files(path)
+        self._names = [name for name in self._files.names if name.lower().endswith(SUFFIXES)]
+        if not self._names:
+            raise UserError(f"samples={path} holds no pictures: they end in {', '.join(SUFFIXES)}")
+        first = self._files.read(self._names[0])
+        self._gray = is_gray(first) if info is None or info.kind != "pixels" else info.shape[0] == 1
+        self.shape = tuple(self._decode(self._names[0]).shape)
+        self._check_like_data("pixels")
+        lossy = [name for name in self._names if name.lower().endswith(LOSSY)]
+        self.about = {"format": "pictures", "n": len(self), "compressed": len(lossy)}
+        if lossy:
+            self._warn(lossy)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def read(self, rows: range) -> Tensor:
+        names = self._names[rows.start : rows.stop]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes outside of the interpreter lock
+            found = list(pool.map(self._decode, names))
+        for name, pixels in zip(names, found, strict=True):
+            if pixels.shape != self.shape:
+                raise UserError(
+                    f"{self._files.describe(name)} has shape {pixels.shape} and the first of the samples {self.shape}: "
+                    "all must have the same size"
+                )
+        return torch.from_numpy(np.stack(found))
+
+    def _decode(self, name: str) -> np.ndarray:
+        """uint8 (C, H, W). Gray pictures become colored ones without loss; the other way only if they have no color."""
+        pixels = decode(self._files.read(name), Shaping(None, "none", 3), self._files.describe(name))
+        if not self._gray:
+            return pixels
+        if (pixels != pixels[:1]).any():
+            raise UserError(
+                f"{self._files.describe(name)} has colors and the samples are gray: save it with one channel"
+            )
+        return np.ascontiguousarray(pixels[:1])
+
+    def _warn(self, lossy: list[str]) -> None:
+        sentence = (
+            f"warning: {len(lossy)} of the {len(self)} pictures in samples={self.path} are JPEG or WebP, whose "
+            "compression alone changes FID and its kin: compare with others that are saved so, or save PNG"
+        )
+        if say_once(sentence):
+            print(sentence, file=sys.stderr)
+
+
+def is_gray(content: bytes) -> bool:
+    """Whether a picture file has one channel, as it is stored; False for what cannot be opened."""
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            return image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
+    except Exception:  # `decode` says what is wrong
+        return False
