@@ -75,10 +75,10 @@ class WholeCopies(Spread):
     def __init__(self, objective: Objective, device: torch.device) -> None:
         ids = [device.index] if device.type == "cuda" else None
         known = inspect.signature(DistributedDataParallel).parameters
-        buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # PyTorch < 2.13
-        self.objective = DistributedDataParallel(
-            objective, device_ids=ids, gradient_as_bucket_view=True, **{buffers: False}
-        )
+        buffers: dict[str, Any] = {  # the name before PyTorch 2.13 makes a warning since
+            "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+        }
+        self.objective = DistributedDataParallel(objective, device_ids=ids, gradient_as_bucket_view=True, **buffers)
 
     def accumulating(self, more: bool) -> contextlib.AbstractContextManager[Any]:
         """Gradients are summed in the backward pass of the last part."""
