@@ -52,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": FOUNDATION | TOOLS,
     "data": FOUNDATION | TOOLS,
     "metrics": FOUNDATION | TOOLS,
-    "evaluation": CORE | TOOLS | {"solvers", "density", "data", "models", "metrics", "training", "pictures", "sampling"},
+    "evaluation": CORE | TOOLS | {"density", "data", "models", "metrics", "training", "pictures", "sampling"},
     "training": CORE | TOOLS | {"solvers", "guidance", "density", "data", "models", "metrics"},
 }
 
