@@ -30,7 +30,7 @@ from hydra import compose, initialize_config_dir
 
 from sde.config import build, conf_dir, plain
 from sde.devices import autocast, keep_memory, pick_device
-from sde.train import make_trainer
+from sde.train_setup import make_trainer
 from sde.training.loop import Hooks, Trainer, fit
 from sde.training.stopping import StopRequest
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from sde.errors import UserError
 
 T = TypeVar("T")
+_PARTING = 10.0  # seconds that a process waits for others at its end
 _PATIENCE = timedelta(minutes=30)  # how long a process waits for another, which may be writing a large checkpoint
 
 
@@ -110,9 +111,16 @@ def meeting(store: dist.Store, here: World) -> str:
 
 
 def leave() -> None:
-    """Part from the other processes."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Part from the other processes once all have come here: who leaves early cuts off what others still read."""
+    if not dist.is_initialized():
+        return
+    with contextlib.suppress(RuntimeError, ValueError):  # the process that keeps the store has left
+        store = dist.distributed_c10d._get_default_store()
+        store.add("sde/leaving", 1)
+        end = time.monotonic() + _PARTING
+        while int(store.add("sde/leaving", 0)) < world().size and time.monotonic() < end:
+            time.sleep(0.01)
+    dist.destroy_process_group()
 
 
 # What outlives the processes

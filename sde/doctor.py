@@ -37,8 +37,8 @@ from sde.doctoring.speed import Speed, measure_speed
 from sde.errors import UserError, check_flag, check_number
 from sde.files import write_json
 from sde.processes import SDE
-from sde.runs import RUNS
-from sde.train import ema_options, make_trainer
+from sde.runs import RUNS, ema_options
+from sde.train_setup import make_trainer
 from sde.training.ema import EMAOptions
 from sde.training.options import TrainingOptions
 

@@ -226,7 +226,7 @@ def watch(trainer: Any, dataset: Examples) -> dict[str, Any]:
     """Validation and preview."""
     from sde.sampling import Plan, make_times
     from sde.solvers import SOLVERS
-    from sde.train import draw_preview
+    from sde.train_hooks import draw_preview
     from sde.training.validation import Validation
 
     labeled = trainer.batches.labels is not None

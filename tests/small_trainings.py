@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sde.config import conf_dir, plain
 from sde.data import DataInfo, Dataset, Split
-from sde.train import make_trainer
+from sde.train_setup import make_trainer
 from sde.training.checkpoint import save_checkpoint
 from sde.training.loop import Trainer
 from tests.small_models import SMALL, shape_of

@@ -65,6 +65,7 @@ COMMAND_LINES = {
     "sde.runs",
     "sde.sample",
     "sde.train",
+    "sde.train_folder",
 }
 OUTSIDERS = {"hydra": COMMAND_LINES, "omegaconf": COMMAND_LINES, "wandb": {"sde.training.logging"}}
 

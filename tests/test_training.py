@@ -206,7 +206,7 @@ def test_validation_always_adds_the_same_noise() -> None:
     assert len(seen) == 24
     assert results[True][0] != results[False][0]
     assert torch.equal(torch.cat(seen[12:18]), torch.cat(seen[18:24]))
-    assert torch.equal(torch.cat(seen[12:18:2]), torch.cat(seen[13:18:2]))  # at the loss's times and at every noise level
+    assert torch.equal(torch.cat(seen[12:18:2]), torch.cat(seen[13:18:2]))  # at both kinds of times
     assert not torch.equal(plain, spread)
     assert torch.equal(dataset.info.decode(spread), dataset.info.decode(plain))
 

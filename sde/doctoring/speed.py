@@ -27,7 +27,7 @@ from sde.devices import autocast, compile_network
 from sde.progress import progress_bar
 from sde.sampling import count_evaluations, denoised_at_the_end, make_times
 from sde.solvers import Solver
-from sde.train import make_trainer
+from sde.train_setup import make_trainer
 from sde.training.loop import Trainer
 from sde.training.options import TrainingOptions
 
