@@ -33,7 +33,7 @@ class EmpiricalDenoiser(AbstractDenoiser):
 
     Args:
         sde: the forward process.
-        examples: (M, *shape), as a network sees them.
+        examples: (M, *shape), as a network sees them; they may stay on the CPU where what is asked about is not.
         labels: class labels (M,) int64: asked with a label, the denoiser is that of the examples of the class alone.
         block: examples that are compared with at a time; changes memory and speed, not the answer.
 
@@ -65,10 +65,11 @@ class EmpiricalDenoiser(AbstractDenoiser):
         check_choice("output", name, OUTPUTS)
         t = as_tensor(t).double()
         alpha, sigma = (c.to(x.device).reshape(-1, 1) for c in (self.sde.alpha(t), self.sde.sigma(t)))
-        offset = x.flatten(1).double() - alpha * self.center
+        center = self.center.to(x.device)
+        offset = x.flatten(1).double() - alpha * center
         mean = self._mean(offset, alpha, sigma, self._checked(label))
         eps = (offset - alpha * mean) / sigma
-        denoised = self.center + mean
+        denoised = center + mean
         outputs = {"denoised": denoised, "eps": eps, "score": -eps / sigma, "v": alpha * eps - sigma * denoised}
         return outputs[name].to(x.dtype).reshape(x.shape)
 
@@ -78,12 +79,12 @@ class EmpiricalDenoiser(AbstractDenoiser):
         weight, mean = offset.new_zeros(len(offset), 1), torch.zeros_like(offset)
         for start in range(0, len(self.examples), self.block):
             here = slice(start, start + self.block)
-            block = self.examples[here].flatten(1).to(offset.device, torch.float64) - self.center
+            block = (self.examples[here].flatten(1).double() - self.center).to(offset.device)
             # |x|^2 is common to all examples
             logits = (alpha * (offset @ block.mT) - 0.5 * alpha**2 * block.square().sum(1)) / sigma**2
             if label is not None:
                 assert self.labels is not None
-                logits = logits.masked_fill(self.labels[here] != label[:, None], -torch.inf)
+                logits = logits.masked_fill(self.labels[here].to(label.device) != label[:, None], -torch.inf)
             # what is subtracted cancels in the quotient and needs no derivative; -inf less itself would be no number
             above = torch.maximum(largest, logits.detach().amax(1, keepdim=True))
             finite = above.clamp_min(torch.finfo(above.dtype).min)
@@ -98,7 +99,7 @@ class EmpiricalDenoiser(AbstractDenoiser):
             return None
         if self.labels is None:
             raise UserError("this data set has no labels: give its labels too, or ask without one")
-        missing = label[~torch.isin(label, self.labels)]
+        missing = label[~torch.isin(label, self.labels.to(label.device))]
         if len(missing):
             raise UserError(f"label {int(missing[0])} is that of no example: the labels are {self._known()}")
         return label
