@@ -98,22 +98,21 @@ def sliced_mean(sets: Sets, statistic: Statistic, count: int, groups: int = 0) -
     totals = [0.0] * max(groups, 1)
     for part in w.split(max(1, BLOCK // (len(sets.generated) + len(sets.reference)))):
         projected = [_project(x, part) for x in (sets.generated, sets.reference)]
-        for group in range(len(totals)):
-            rows = [_without(values, number, group, groups) for values, number in projected]
-            totals[group] += float(statistic(*rows).sum())
+        if groups == 0:
+            totals[0] += float(statistic(*(np.sort(values, axis=1) for values in projected)).sum())
+            continue
+        order = [np.argsort(values, axis=1) for values in projected]
+        rows = [np.take_along_axis(values, number, axis=1) for values, number in zip(projected, order, strict=True)]
+        for group in range(groups):
+            # every row loses as many
+            kept = [z[number % groups != group].reshape(len(z), -1) for z, number in zip(rows, order, strict=True)]
+            totals[group] += float(statistic(*kept).sum())
     return [total / len(w) for total in totals]
 
 
-def _project(x: Tensor, w: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted projections of x (n, D) on w (rows, D), in float64, and the number of the example of each, (rows, n)."""
-    values = torch.cat([w @ part.cpu().double().T for part in x.split(TILE)], dim=1).numpy()
-    number = np.argsort(values, axis=1, kind="stable")
-    return np.take_along_axis(values, number, axis=1), number
-
-
-def _without(values: np.ndarray, number: np.ndarray, group: int, groups: int) -> np.ndarray:
-    """Sorted rows without those of the examples of a group: as many in every row."""
-    return values if groups == 0 else values[number % groups != group].reshape(len(values), -1)
+def _project(x: Tensor, w: Tensor) -> np.ndarray:
+    """Projections of x (n, D) on w (rows, D), in float64, (rows, n)."""
+    return torch.cat([w @ part.cpu().double().T for part in x.split(TILE)], dim=1).numpy()
 
 
 @register("swd")
