@@ -117,6 +117,8 @@ class ClassifierNetwork(nn.Module):
 class Classifier(Extractor):
     """The penultimate layer of a network trained on the labels of the data set, and its probabilities.
 
+    Another machine trains it to other weights, and so to other numbers, by rounding: to compare, give the file away.
+
     Args:
         width: channels of the first convolution; there are 4 width features.
         steps: optimizer steps at most.
@@ -255,11 +257,16 @@ class Module(Extractor):
 
 
 def resized(values: Tensor, size: tuple[int, ...]) -> Tensor:
-    """uint8 pictures (B, C, H, W) scaled as Pillow does it: bicubic, antialiased, rounded; as they are if they fit."""
-    if tuple(values.shape[2:]) == tuple(size):
-        return values
-    scaled = F.interpolate(values.float(), size=tuple(size), mode="bicubic", antialias=True)
-    return scaled.round().clamp(0, 255).to(torch.uint8)
+    """uint8 pictures (B, C, H, W) scaled as Pillow does it: bicubic, antialiased, rounded; as they are if they fit.
+
+    Rows first, then columns: what overshoots is cut off in between, which shows at sharp edges. Halves are rounded up.
+    """
+    x = values
+    for now in ((values.shape[2], size[1]), tuple(size)):
+        if tuple(x.shape[2:]) != now:
+            scaled = F.interpolate(x.float(), size=now, mode="bicubic", antialias=True)
+            x = (scaled + 0.5).floor().clamp(0, 255).to(torch.uint8)
+    return x
 
 
 # Training

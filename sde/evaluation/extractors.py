@@ -95,7 +95,8 @@ class Extractor(ABC):
             UserError: its features do not exist for such examples, or what it needs cannot be had.
         """
         self._check(dataset.info)
-        network = self._make(dataset, device)
+        with torch.random.fork_rng(devices=[]):  # layers draw weights when they are made, which are replaced
+            network = self._make(dataset, device)
         if network is not None:
             network = network.to(device).eval().requires_grad_(False)
         self._info, self._device, self._network = dataset.info, device, network

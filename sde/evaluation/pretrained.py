@@ -114,9 +114,8 @@ class DINOv2(Extractor):
         self._version = _version("transformers")
 
         def fetch() -> nn.Module:
-            return transformers.Dinov2Model.from_pretrained(
-                self.repo, revision=self.revision, use_safetensors=True, torch_dtype=torch.float32
-            )
+            model = transformers.Dinov2Model.from_pretrained(self.repo, revision=self.revision, use_safetensors=True)
+            return model.float()
 
         return _fetched(fetch, "dinov2")
 
