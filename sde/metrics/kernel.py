@@ -148,15 +148,19 @@ class KernelDistance(Metric):
         kernel = partial(polynomial, degree=self.degree, gamma=self.gamma or 1 / x.shape[1], constant=self.constant)
         values = []
         for subset in range(1 if size == len(x) == len(y) else self.subsets):
-            drawn = []
-            for side, z in enumerate((x, y)):
-                chosen = shuffled(len(z), _seed(sets.seed, subset, side), size).to(z.device)
-                numbers = [chosen[chosen % max(groups, 1) == group] for group in range(max(groups, 1))]
-                drawn.append([z[part].double() for part in numbers])
-            _check_left("kid", drawn)
-            values.append(unbiased_mmd(kernel, *drawn, leave_out=groups > 0))
+            ours, theirs = (
+                self._drawn(z, size, _seed(sets.seed, subset, side), groups) for side, z in enumerate((x, y))
+            )
+            _check_left("kid", (ours, theirs))
+            values.append(unbiased_mmd(kernel, ours, theirs, leave_out=groups > 0))
         columns = torch.tensor(values, dtype=torch.float64).unbind(1)
         return [{"kid": float(v.mean()), "kid_std": float(v.std(correction=0))} for v in columns]
+
+    @staticmethod
+    def _drawn(x: Tensor, size: int, seed: int, groups: int) -> list[Tensor]:
+        """Some examples in random order, by the groups that they are of in the whole set."""
+        chosen, parts = shuffled(len(x), seed, size).to(x.device), max(groups, 1)
+        return [x[chosen[chosen % parts == group]].double() for group in range(parts)]
 
 
 def _seed(seed: int, subset: int, side: int) -> int:
