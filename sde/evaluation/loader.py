@@ -240,7 +240,10 @@ class PictureFiles(Samples):
 
     def __init__(self, path: Path, info: DataInfo | None, batch_size: int) -> None:
         super().__init__(path, info, batch_size)
-        self._files: Files = open_files(path)
+        try:
+            self._files: Files = open_files(path)
+        except UserError as error:
+            raise UserError(f"samples={path} is not a .zip that can be read: make it anew") from error
         self._names = [name for name in self._files.names if name.lower().endswith(SUFFIXES)]
         if not self._names:
             raise UserError(f"samples={path} holds no pictures: they end in {', '.join(SUFFIXES)}")
@@ -274,9 +277,7 @@ class PictureFiles(Samples):
         if not self._gray:
             return pixels
         if (pixels != pixels[:1]).any():
-            raise UserError(
-                f"{self._files.describe(name)} has colors and the samples are gray: save it with one channel"
-            )
+            raise UserError(f"{self._files.describe(name)} has colors among gray pictures: save it with one channel")
         return np.ascontiguousarray(pixels[:1])
 
     def _warn(self, lossy: list[str]) -> None:
