@@ -126,7 +126,7 @@ class ClassifierTest(Metric):
     """
 
     better: ClassVar[dict[str, str | float]] = {"c2st": 0.5, "c2st_p": "higher"}
-    labels: ClassVar[dict[str, str]] = {"c2st": "C2ST accuracy", "c2st_p": "C2ST p-value"}
+    labels: ClassVar[dict[str, str]] = {"c2st": "C2ST", "c2st_p": "C2ST p"}
     of: ClassVar[str] = "examples"
 
     classifier: str = "neighbors"

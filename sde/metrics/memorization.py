@@ -109,9 +109,9 @@ class Memorization(Metric):
         "memorization_ct": 0.0,
     }
     labels: ClassVar[dict[str, str]] = {
-        "memorization": "closer to training than to held-out data",
-        "memorization_ratio": "distance to training / to held-out data",
-        "memorization_copies": "copies of training data",
+        "memorization": "closer to training",
+        "memorization_ratio": "distance ratio",
+        "memorization_copies": "copies",
         "memorization_ct": "C_T",
     }
     of: ClassVar[str] = "examples"

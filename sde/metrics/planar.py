@@ -117,8 +117,8 @@ class GridKL(Metric):
 
     better: ClassVar[dict[str, str | float]] = {"grid_kl": "lower", "grid_kl_reverse": "lower", "grid_js": "lower"}
     labels: ClassVar[dict[str, str]] = {
-        "grid_kl": "KL(data || generated)",
-        "grid_kl_reverse": "KL(generated || data)",
+        "grid_kl": "KL",
+        "grid_kl_reverse": "reverse KL",
         "grid_js": "Jensen-Shannon",
     }
     of: ClassVar[str] = "examples"

@@ -2,7 +2,7 @@ r"""Distances of two sets of examples by their projections on lines: sliced Wass
 
 With F and G the distribution functions of the projections on a direction w, the mean being over all directions,
 
-    sliced Wasserstein     SW_p^p = mean over w of  int_0^1 |F^-1(u) - G^-1(u)|^p du              (arXiv 1503.02142)
+    sliced Wasserstein     SW_p^p = mean over w of  int_0^1 |F^-1(u) - G^-1(u)|^p du           (Bonneel et al., 2015)
     energy distance        D^2 = 2 E|X - Y| - E|X - X'| - E|Y - Y'|
                                = mean over w of  2 int (F - G)^2 dz  /  kappa_d             (Székely and Rizzo, 2013)
 
@@ -118,7 +118,9 @@ def _project(x: Tensor, w: Tensor) -> np.ndarray:
 @register("swd")
 @dataclass(frozen=True)
 class SlicedWasserstein(Metric):
-    """The sliced Wasserstein distance SW_p (arXiv 1503.02142), in the units of the examples.
+    """The sliced Wasserstein distance SW_p in the units of the examples.
+
+    Bonneel, Rabin, Peyré and Pfister, Sliced and Radon Wasserstein barycenters of measures, 2015.
 
     Sets may differ in size: the quantile functions of their projections are integrated exactly.
 
@@ -131,7 +133,7 @@ class SlicedWasserstein(Metric):
     """
 
     better: ClassVar[dict[str, str | float]] = {"swd": "lower"}
-    labels: ClassVar[dict[str, str]] = {"swd": "sliced Wasserstein"}
+    labels: ClassVar[dict[str, str]] = {"swd": "SWD"}
     of: ClassVar[str] = "examples"
 
     p: int = 1
@@ -172,7 +174,7 @@ class EnergyDistance(Metric):
     """
 
     better: ClassVar[dict[str, str | float]] = {"energy": "lower"}
-    labels: ClassVar[dict[str, str]] = {"energy": "energy distance (squared)"}
+    labels: ClassVar[dict[str, str]] = {"energy": "energy distance^2"}
     of: ClassVar[str] = "examples"
 
     unbiased: bool = True
