@@ -218,7 +218,8 @@ def explain(error: BaseException, name: str) -> Failure | None:
     if isinstance(error, Fault):
         return Failure(str(error), 1)
     if lost_another(error):
-        return Failure("another process has ended in the middle of the work: its reason stands above or below", 1)
+        what = "another process has ended in the middle of the work"
+        return Failure(f"{what} ({_first_line(error)}): its reason stands above or below", 1)
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         advice = "lower the batch size or the size of the model"
         return Failure(f"out of memory ({_first_line(error)}): {advice}", 1)

@@ -42,11 +42,13 @@ class World:
         rank: its number among all, from 0.
         size: how many there are.
         local_rank: its number on this machine, that of its GPU.
+        local_size: how many there are on this machine.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
 
 
 @lru_cache(maxsize=1)
@@ -54,8 +56,9 @@ def world() -> World:
     """Who this process is, as torchrun's environment variables say; one process alone without them."""
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return World()
-    numbers = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    return World(*(int(os.environ.get(name) or 0) for name in numbers))
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    rank, size, local_rank, local_size = (int(os.environ.get(name) or 0) for name in names)
+    return World(rank, size, local_rank, max(1, local_size))
 
 
 def is_main() -> bool:
@@ -164,7 +167,7 @@ def lost_another(error: BaseException) -> bool:
     """Whether `error` is what a process gets when another one has ended in the middle of their work."""
     if world().size == 1 or not isinstance(error, RuntimeError):
         return False
-    signs = ("connection closed", "connection reset", "broken pipe", "timed out", "gloo", "nccl", "socket", "peer")
+    signs = ("connection closed", "connection reset", "broken pipe", "timed out waiting", "ncclremoteerror", "aborted")
     return any(sign in str(error).lower() for sign in signs)
 
 
@@ -307,8 +310,14 @@ def local(x: Tensor) -> Tensor:
 
 
 def full(x: Any) -> Any:
-    """A tensor that is spread over processes, put together on the CPU; anything else itself. All have to ask."""
-    return x.full_tensor().cpu() if _is_dtensor(x) else x
+    """A tensor that is spread over processes, put together on the CPU of rank 0, empty in others; anything else itself.
+
+    All processes have to ask.
+    """
+    if not _is_dtensor(x):
+        return x
+    whole = x.full_tensor()
+    return whole.cpu() if is_main() else whole.new_empty(0, device="cpu")
 
 
 def spread_like(x: Any, like: Any) -> Any:
@@ -321,7 +330,7 @@ def spread_like(x: Any, like: Any) -> Any:
 
 
 def full_state(module: nn.Module) -> dict[str, Any]:
-    """The state of a module as one process alone has it. All processes have to ask."""
+    """The state of a module as one process alone has it, in rank 0. All processes have to ask."""
     return {name: full(value) for name, value in module.state_dict().items()}
 
 
@@ -336,7 +345,7 @@ def load_full_state(module: nn.Module, state: dict[str, Any]) -> None:
 
 
 def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state of an optimizer as one process alone has it. All processes have to ask."""
+    """The state of an optimizer as one process alone has it, in rank 0. All processes have to ask."""
     state = optimizer.state_dict()
     numbers = {k: {name: full(value) for name, value in s.items()} for k, s in state["state"].items()}
     return {**state, "state": numbers}

@@ -63,11 +63,14 @@ def make_trainer(config: dict[str, Any], dataset: Dataset, device: torch.device)
     averages = ema_options(config["ema"])
     loss = build(config["loss"], "loss")
     torch.manual_seed(options.seed)
-    denoiser = build_denoiser(config, dataset.info).to(device, options.dtype)
-    if automatic:
-        options = with_largest_batch(config, options, denoiser, loss, dataset, device)
-    network = denoiser.network
     in_parts = options.parallel == "fsdp" and world().size > 1
+    if automatic and in_parts:
+        raise UserError("training.batch_size=auto cannot tell what fits with training.parallel=fsdp: give a number")
+    denoiser = build_denoiser(config, dataset.info)
+    denoiser.to("cpu" if in_parts else device, options.dtype)  # parts go to the device one after the other
+    if automatic:
+        options = with_largest_batch(config, options, denoiser, loss, dataset, device, len(averages.names))
+    network = denoiser.network
     if len(dataset.info.shape) == 3 and not in_parts:  # FSDP2 takes contiguous weights alone
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     kept = Averages(network, averages)
@@ -128,10 +131,11 @@ def with_largest_batch(
     loss: Any,
     dataset: Dataset,
     device: torch.device,
+    averages: int,
 ) -> TrainingOptions:
     """The options with the largest batch that fits, which `config` gets too."""
     examples = len(dataset.split("train"))
-    found = least(largest_batch(denoiser, loss, dataset.info, device, options.precision, examples))
+    found = least(largest_batch(denoiser, loss, dataset.info, device, options.precision, examples, averages))
     size = max(1, min(found * world().size, examples // options.accumulation)) * options.accumulation
     config["training"] = {**config["training"], "batch_size": size}
     return build(config["training"], "training")

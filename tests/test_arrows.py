@@ -28,7 +28,7 @@ ROOT = Path(sde.__file__).parent
 FOUNDATION = {"errors", "registry", "broadcast"}
 CURVES = FOUNDATION | {"processes"}
 CORE = CURVES | {"grids", "parameterizations", "denoiser", "reverse", "losses", "randomness", "brownian"}
-TOOLS = {"files", "devices", "distributed", "progress", "interrupting"}  # know nothing of the package but its errors
+TOOLS = {"files", "devices", "distributed", "memory", "progress", "interrupting"}  # know no room
 
 # What each room may import besides itself. A room that is not named is above all of these: none of them imports it.
 MAY_IMPORT: dict[str, set[str]] = {

@@ -376,7 +376,7 @@ def test_the_largest_batch_is_found_once(tmp_path: Path, monkeypatch: pytest.Mon
     words = [*TINY_2D, "training.steps=1", "training.batch_size=auto", "training.accumulation=2"]
     silent = ["training.validate_every=0", "training.preview_every=0", "hydra.run.dir=r"]
     memory: list[float] = []
-    monkeypatch.setattr("sde.training.batch_size.free_memory", lambda: int(memory[-1]))
+    monkeypatch.setattr("sde.training.batch_size.usable_memory", lambda: (None, int(memory[-1])))
     config, dataset = configuration(*words, "training.device=cpu"), Examples((2,), count=256)
     costs = summarize(build(config | {"training": config["training"] | {"batch_size": 2}}, dataset).denoiser.network)
     memory.append(costs.training_memory(50) / MARGIN + 1)

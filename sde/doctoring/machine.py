@@ -10,7 +10,6 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -19,12 +18,11 @@ import torch
 
 from sde.devices import multiplies_bfloat16
 from sde.distributed import world
+from sde.memory import CGROUPS, OWN, control_groups, read_lines, read_words, usable_memory
 
 PACKAGES = ("torch", "numpy", "scipy", "hydra-core", "omegaconf", "pillow", "matplotlib", "safetensors", "torchsde")
 EXTRAS = {"wandb": "wandb", "datasets": "hf", "huggingface_hub": "hub"}
 """Optional packages, and the extra of this package that installs each."""
-
-_CGROUPS, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True)
@@ -165,7 +163,7 @@ def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
     return found[1].strip() if found else platform.processor() or platform.machine() or "unknown"
 
 
-def usable_cores(root: Path = _CGROUPS, own: Path = _OWN) -> float:
+def usable_cores(root: Path = CGROUPS, own: Path = OWN) -> float:
     """Cores that this process may use: its affinity, cut by the CPU quotas of its control groups."""
     if hasattr(os, "sched_getaffinity"):
         cores: float = len(os.sched_getaffinity(0))
@@ -174,7 +172,7 @@ def usable_cores(root: Path = _CGROUPS, own: Path = _OWN) -> float:
     return min(cores, cpu_quota(root, own))
 
 
-def cpu_quota(root: Path = _CGROUPS, own: Path = _OWN) -> float:
+def cpu_quota(root: Path = CGROUPS, own: Path = OWN) -> float:
     """The smallest CPU quota of the process's control groups (version 2 or 1), in cores; infinite without."""
     quota = float("inf")
     for folder in control_groups(root, own, "cpu"):
@@ -185,61 +183,6 @@ def cpu_quota(root: Path = _CGROUPS, own: Path = _OWN) -> float:
         if len(words) == 2 and words[0].isdigit() and int(words[1]) > 0:  # "max", or -1, is no quota
             quota = min(quota, int(words[0]) / int(words[1]))
     return quota
-
-
-def usable_memory(
-    root: Path = _CGROUPS, own: Path = _OWN, info: Path = Path("/proc/meminfo")
-) -> tuple[int | None, int | None]:
-    """Bytes of memory and bytes that can be had, both within the limits of the control groups; None if unknown."""
-    try:
-        sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in info.read_text().splitlines() if line}
-    except (OSError, ValueError, IndexError):
-        return None, None
-    total, free = sizes.get("MemTotal"), sizes.get("MemAvailable")
-    if total is None or free is None:
-        return None, None
-    for folder in control_groups(root, own, "memory"):
-        for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-            words = [*read_words(folder / limit), *read_words(folder / used)]
-            if len(words) == 2 and all(word.isdigit() for word in words):
-                # what was read from files and can be forgotten again is no obstacle
-                inside = int(words[0]) - int(words[1]) + forgettable(folder)
-                total, free = min(total, int(words[0])), max(0, min(free, inside))
-    return total, free
-
-
-def forgettable(folder: Path) -> int:
-    """Bytes of files that a control group keeps in memory and can drop."""
-    words = read_words(folder / "memory.stat")
-    counts = dict(zip(words[::2], words[1::2], strict=False))
-    return int(counts.get("inactive_file", 0))
-
-
-def control_groups(root: Path, own: Path, controller: str) -> Iterator[Path]:
-    """The folders of the process's control groups that may limit `controller`, from its own up to the root."""
-    for line in read_lines(own):
-        number, controllers, path = line.split(":", 2)
-        if number != "0" and controller not in controllers.split(","):
-            continue
-        top = root if number == "0" else root / controllers
-        parts = [part for part in path.split("/") if part]
-        for depth in range(len(parts), -1, -1):
-            folder = top.joinpath(*parts[:depth])
-            if folder.is_dir():
-                yield folder
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a small file; none where it cannot be read."""
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []
-
-
-def read_words(path: Path) -> list[str]:
-    """The words of a small file; none where it cannot be read."""
-    return " ".join(read_lines(path)).split()
 
 
 def existing(path: Path) -> Path:

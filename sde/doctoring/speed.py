@@ -11,7 +11,6 @@ import copy
 import itertools
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from sde.config import build
 from sde.data import Dataset
 from sde.devices import autocast, compile_network
+from sde.memory import peak_memory
 from sde.progress import progress_bar
 from sde.sampling import count_evaluations, denoised_at_the_end, make_times
 from sde.solvers import Solver
@@ -360,18 +360,6 @@ def preview_evaluations(config: Mapping[str, Any], trainer: Trainer) -> int | No
     if solver.default_steps is None:
         return None
     return count_evaluations(denoised_at_the_end(solver, trainer.denoiser, times), trainer.denoiser.sde, times)
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """The most bytes in use so far: of the device, or of this process on a CPU; None where that is not known."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def peak_rate(device: torch.device, precision: str) -> float | None:

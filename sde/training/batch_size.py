@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import torch
@@ -10,8 +9,10 @@ import torch
 from sde.data import DataInfo
 from sde.denoiser import Denoiser
 from sde.devices import autocast
+from sde.distributed import world
 from sde.errors import Fault
 from sde.losses import DenoisingScoreMatching
+from sde.memory import usable_memory
 from sde.models.summary import summarize
 
 MARGIN = 0.85  # share of the free memory that is used: allocators leave holes, and validation needs some
@@ -19,7 +20,13 @@ _MOST = 1 << 16
 
 
 def largest_batch(
-    denoiser: Denoiser, loss: DenoisingScoreMatching, info: DataInfo, device: torch.device, precision: str, most: int
+    denoiser: Denoiser,
+    loss: DenoisingScoreMatching,
+    info: DataInfo,
+    device: torch.device,
+    precision: str,
+    most: int,
+    averages: int = 1,
 ) -> int:
     """How many examples fit in one forward and backward pass, besides what an optimizer and averages need.
 
@@ -33,6 +40,7 @@ def largest_batch(
         device: where to train.
         precision: of the network.
         most: more are of no use, such as the number of examples.
+        averages: how many averages of the weights are kept.
 
     Raises:
         Fault: when not even one fits.
@@ -44,15 +52,18 @@ def largest_batch(
             MARGIN * free / torch.cuda.get_device_properties(device).total_memory
         )
         try:
-            found = _largest(lambda n: _fits_on_gpu(denoiser, loss, info, device, precision, n), most)
+            found = _largest(lambda n: _fits_on_gpu(denoiser, loss, info, device, precision, n, 2 + averages), most)
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
     else:
-        costs, room = summarize(denoiser.network), MARGIN * free_memory()
-        scale = 2 if precision == "fp64" else 1
-        found = _largest(lambda n: scale * costs.training_memory(n) <= room, most)
+        costs, (_, left) = summarize(denoiser.network), usable_memory()
+        if left is None:
+            raise Fault("training.batch_size=auto: this system does not say how much memory is free: give a number")
+        size = 8 if precision == "fp64" else 4
+        room = MARGIN * left / world().local_size - size * (averages - 1) * costs.parameters
+        found = _largest(lambda n: size / 4 * costs.training_memory(n) <= room, most)
     if found == 0:
         raise Fault(
             "training.batch_size=auto: not even one example fits: take a smaller model, or model.recompute_levels=1"
@@ -73,14 +84,20 @@ def _largest(fits: Callable[[int], bool], most: int) -> int:
 
 
 def _fits_on_gpu(
-    denoiser: Denoiser, loss: DenoisingScoreMatching, info: DataInfo, device: torch.device, precision: str, n: int
+    denoiser: Denoiser,
+    loss: DenoisingScoreMatching,
+    info: DataInfo,
+    device: torch.device,
+    precision: str,
+    n: int,
+    more: int,
 ) -> bool:
-    """Whether a forward and a backward pass of `n` examples fit beside three numbers more for each parameter."""
+    """Whether a forward and a backward pass of `n` examples fit beside `more` further numbers for each parameter."""
     network, reserve = denoiser.network, []
     parameters = [p for p in network.parameters() if p.requires_grad]
     dtype = parameters[0].dtype
     try:
-        reserve = [torch.empty(3 * p.numel(), dtype=p.dtype, device=device) for p in parameters]
+        reserve = [torch.empty(more * p.numel(), dtype=p.dtype, device=device) for p in parameters]
         x0 = torch.zeros(n, *info.shape, device=device, dtype=dtype)
         t = torch.full((n,), float(denoiser.sde.T), dtype=torch.float64, device=device)
         known = int(getattr(network, "num_classes", 0))
@@ -97,18 +114,3 @@ def _fits_on_gpu(
             p.grad = None
         torch.cuda.empty_cache()
     return True
-
-
-def free_memory() -> int:
-    """Bytes of main memory that are free: of the machine, or of the control group that this process is held in."""
-    try:
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
-            return min(free, int(limit.read()) - int(used.read()))
-    except (OSError, ValueError):  # no group, or one without a limit
-        return free

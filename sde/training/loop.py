@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -42,6 +41,7 @@ from sde.distributed import (
 )
 from sde.errors import UserError
 from sde.losses import DenoisingScoreMatching
+from sde.memory import peak_memory
 from sde.progress import progress_bar
 from sde.randomness import seed_global, step_seed
 from sde.training.batches import Batches
@@ -51,6 +51,8 @@ from sde.training.parallel import Objective, spread_objective
 from sde.training.schedules import Constant, Schedule
 from sde.training.stopping import StopRequest
 
+_KEPT = 64  # steps whose errors wait to be told apart by noise level
+_SMALLEST_SCALE = 2.0**-10  # of a loss in fp16: gradients that are not finite even then never will be
 LEVELS = 10  # noise levels by which errors are told apart, equal in log-SNR
 
 
@@ -96,19 +98,18 @@ class Trainer:
         self._parts = [(part, part_of(options.batch_size, part, parts)) for part in own]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "fp16")
         self._skips_on_device = bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
-        rows = options.log_every
-        examples = len(self.batches.rows)
-        self._losses = torch.zeros(rows, 2, dtype=options.dtype, device=self.device)
-        self._errors = torch.zeros(rows, examples, dtype=options.dtype, device=self.device)
-        self._times = torch.zeros(rows, options.batch_size, dtype=torch.float64, device=self.device)
-        self._logged_from = self.step
+        examples, kept = len(self.batches.rows), min(options.log_every, _KEPT)
+        self._losses = torch.zeros(options.log_every, 2, dtype=options.dtype, device=self.device)
+        self._errors = torch.zeros(kept, examples, dtype=options.dtype, device=self.device)
+        self._times = torch.zeros(kept, examples, dtype=torch.float64, device=self.device)
+        self._by_level = torch.zeros(2, LEVELS, dtype=torch.float64, device=self.device)
+        self._logged_from = self._summed_to = self.step
 
     def make_step(self) -> None:
         """One optimizer step; its loss and gradient norm stay on the device until `flush`."""
         options, step, first = self.options, self.step, self.batches.rows.start
-        generator = torch.Generator(self.device).manual_seed(step_seed(options.seed, step, "noise"))
         x0, label = self.batches(step)
-        t = self.loss.draw_times(self.denoiser.sde, options.batch_size, generator, self.device)
+        t = self.times(step)
         z = self.batches.noise(step, "noise of the examples")
         if x0.ndim == 4:
             x0, z = (v.contiguous(memory_format=torch.channels_last) for v in (x0, z))
@@ -126,11 +127,18 @@ class Trainer:
             # gradients are averaged over processes, and have to be added up
             self.scaler.scale(loss * world().size).backward()
             self._losses[row, 0] += loss.detach()
-            self._errors[row, mine] = errors.detach()
-        self._times[row] = t
+            self._errors[step % len(self._errors), mine] = errors.detach()
+        self._times[step % len(self._times)] = t[first : self.batches.rows.stop]
         self._losses[row, 1] = self._update(step)
         self.averages.update(step)
         self.step = step + 1
+        if self.step - self._summed_to == len(self._errors):
+            self._sum_by_level()
+
+    def times(self, step: int) -> Tensor:
+        """Times of all examples of a step, (batch_size,) float64."""
+        generator = torch.Generator(self.device).manual_seed(step_seed(self.options.seed, step, "noise"))
+        return self.loss.draw_times(self.denoiser.sde, self.options.batch_size, generator, self.device)
 
     def _update(self, step: int) -> Tensor:
         """Change the weights; gives the norm of the gradient before clipping."""
@@ -178,14 +186,16 @@ class Trainer:
         if not steps:
             return {}
         rows = torch.tensor([step % self.options.log_every for step in steps], device=self.device)
-        by_level = self._errors_by_level(rows)
+        by_level = self._errors_by_level()
         losses = total(self._losses[rows, 0].double()).cpu()
         norms = self._losses[rows, 1].double().cpu()
-        finite = torch.isfinite(losses) & (torch.isfinite(norms) | self.scaler.is_enabled())
-        bad = (~finite).nonzero().flatten().tolist()
-        if bad and (self.options.non_finite == "stop" or len(bad) == len(steps) > 1):
+        overflows = ~torch.isfinite(norms) & self.scaler.is_enabled()  # are left out, and the loss is scaled less
+        finite = torch.isfinite(losses) & (torch.isfinite(norms) | overflows)
+        hopeless = overflows & (self.scaler.get_scale() < _SMALLEST_SCALE)
+        bad = (~finite | hopeless).nonzero().flatten().tolist()
+        if bad and (self.options.non_finite == "stop" or len(bad) == len(steps) > 1 or bool(hopeless.any())):
             raise UserError(self._sentence(steps[bad[0]], losses[bad[0]], norms[bad[0]], len(bad), last_good))
-        self.skipped += len(bad)
+        self.skipped += len(bad) + int((overflows & finite).sum())
         if bad and is_main():
             print(
                 f"\nwarning: the loss or gradient of step {steps[bad[0]]}"
@@ -193,34 +203,44 @@ class Trainer:
                 + f" was not finite: skipped, {self.skipped} in all",
                 file=sys.stderr,
             )
-        good = finite & torch.isfinite(norms)
+        norms = norms[finite & torch.isfinite(norms)]
         return {
             "train/loss": losses[finite].mean().item(),
-            "train/gradient_norm": norms[good].mean().item(),
+            **({"train/gradient_norm": norms.mean().item()} if len(norms) else {}),
             **({"train/skipped": float(self.skipped)} if self.skipped else {}),
             **({"train/loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}),
             **by_level,
         }
 
-    def _errors_by_level(self, rows: Tensor) -> dict[str, float]:
-        """Mean square error of eps of the examples of some steps, by noise level; levels without examples left out."""
-        sde, own = self.denoiser.sde, self.batches.rows
-        low, high = (float(sde.log_snr(t)) for t in (sde.T, sde.t_min))
-        width = (high - low) / LEVELS
+    def _sum_by_level(self) -> None:
+        """Add the errors of the last steps to the sums of their noise levels, on the device."""
+        rows = torch.arange(self._summed_to, self.step, device=self.device) % len(self._errors)
+        self._summed_to = self.step
+        sde, (low, width) = self.denoiser.sde, self._levels
         errors = self._errors[rows].double().flatten()
-        level = ((sde.log_snr(self._times[rows, own.start : own.stop].flatten()) - low) / width).long()
+        level = ((sde.log_snr(self._times[rows].flatten()) - low) / width).long().clamp(0, LEVELS - 1)
         known = torch.isfinite(errors)
-        table = torch.zeros(2, LEVELS, dtype=torch.float64, device=self.device)
-        level = level.clamp(0, LEVELS - 1)
-        table[0].index_add_(0, level, torch.where(known, errors, 0.0))
-        table[1].index_add_(0, level, known.double())
-        sums, counts = total(table).tolist()
+        self._by_level[0].index_add_(0, level, torch.where(known, errors, 0.0))
+        self._by_level[1].index_add_(0, level, known.double())
+
+    @property
+    def _levels(self) -> tuple[float, float]:
+        """Log-SNR at T, and the width of a noise level."""
+        low, high = (float(self.denoiser.sde.log_snr(t)) for t in (self.denoiser.sde.T, self.denoiser.sde.t_min))
+        return low, (high - low) / LEVELS
+
+    def _errors_by_level(self) -> dict[str, float]:
+        """Mean square error of eps since the last time, by noise level; levels without examples left out."""
+        self._sum_by_level()
+        sums, counts = total(self._by_level).tolist()
+        self._by_level.zero_()
+        low, width = self._levels
         centers = [low + width * (k + 0.5) for k in range(LEVELS)]
         found = zip(centers, sums, counts, strict=True)
         return {f"train/eps_mse/log_snr={c:.1f}": s / n for c, s, n in found if n}
 
     def _sentence(self, step: int, loss: Tensor, norm: Tensor, count: int, last_good: Callable[[], str]) -> str:
-        levels = self.denoiser.sde.noise_level(self._times[step % self.options.log_every]).cpu()
+        levels = self.denoiser.sde.noise_level(self.times(step)).cpu()
         skipped = f" ({count} steps in a row, none of which could be skipped)" if count > 1 else ""
         return (
             f"the loss of step {step} is {loss.item():g} and its gradient's norm {norm.item():g}, at noise levels from "
@@ -250,7 +270,7 @@ class Trainer:
             group.update(asked)
         if self.scaler.is_enabled() and "scaler" in content:
             self.scaler.load_state_dict(content["scaler"])
-        self.step = self._logged_from = int(content["step"])
+        self.step = self._logged_from = self._summed_to = int(content["step"])
         self.skipped = int(content.get("skipped", 0))
 
 
@@ -295,7 +315,7 @@ def fit(trainer: Trainer, hooks: Hooks, stop: StopRequest) -> bool:
                 metrics["train/pictures_per_second"] = (trainer.step - since) * options.batch_size / seconds
                 metrics["train/lr"] = trainer.optimizer.param_groups[0]["lr"]
                 metrics["train/epoch"] = trainer.batches.order.epoch(trainer.step)
-                metrics["train/memory_gib"] = peak_memory(trainer.device) / 2**30
+                metrics["train/memory_gib"] = (peak_memory(trainer.device) or 0) / 2**30
                 if validates:
                     metrics |= hooks.validate()
                 hooks.log(metrics)
@@ -314,14 +334,6 @@ def fit(trainer: Trainer, hooks: Hooks, stop: StopRequest) -> bool:
             hooks.log(trainer.flush(hooks.last_good))
         hooks.save(True)
     return trainer.step >= options.steps
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most bytes in use so far: of the GPU by this process, or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _brief(metrics: Mapping[str, float]) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sde.denoiser import Denoiser
-from sde.distributed import full, is_sharded, world
+from sde.distributed import is_sharded, world
 from sde.errors import UserError
 from sde.losses import DenoisingScoreMatching
 
@@ -100,7 +100,7 @@ class Parts(Spread):
         """As in the base class, with the norm over all parts."""
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
         nn.utils.clip_grads_with_norm_(parameters, largest, norm, foreach=True)
-        return full(norm).to(parameters[0].device)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def spread_objective(objective: Objective, how: str, device: torch.device) -> Spread:
