@@ -49,7 +49,8 @@ CONTENT = {
 
 
 def trainer(**options: object) -> Trainer:
-    settings = TrainingOptions(steps=20, batch_size=8, log_every=5, device="cpu", warmup=4, **options)  # type: ignore[arg-type]
+    values = {"steps": 20, "batch_size": 8, "log_every": 5, "device": "cpu", "warmup": 4, **options}
+    settings = TrainingOptions(**values)  # type: ignore[arg-type]
     dataset = DATASETS.get("moons")(train_size=64, test_size=16)
     torch.manual_seed(settings.seed)
     network = MODELS.get("mlp")((2,), width=16, depth=1, dropout=0.3)
@@ -239,6 +240,35 @@ def test_gradients_are_clipped_to_the_norm_asked_for() -> None:
     run.make_step()
     assert seen[0].item() == pytest.approx(1e-3, rel=1e-3)
     assert run.flush(str)["train/gradient_norm"] > 1e-2  # what is reported is the norm before clipping
+
+
+def test_a_loss_scale_that_collapses_ends_the_training() -> None:
+    """In fp16 single overflows are a matter of the scale; gradients that are never finite are not, at any policy."""
+    for policy in ("stop", "skip"):
+        run = trainer(precision="fp16", non_finite=policy, log_every=15)
+        before = [p.clone() for p in run.parameters]
+        run.parameters[0].register_hook(lambda g: g * math.nan)
+        for _ in range(15):
+            run.make_step()
+        assert run.flush(str)["train/skipped"] == 15  # the scale is 2^16 at first and halves: 2 after 15 steps
+        for _ in range(15):
+            run.make_step()
+        with pytest.raises(UserError, match="its gradient's norm nan"):
+            run.flush(str)
+        assert all(torch.equal(a, b) for a, b in zip(before, run.parameters, strict=True))
+
+
+def test_errors_by_noise_level_do_not_depend_on_how_many_steps_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for kept in (64, 3):
+        monkeypatch.setattr("sde.training.loop._KEPT", kept)
+        run = trainer(log_every=20)
+        for _ in range(20):
+            run.make_step()
+        found.append(run.flush(str))
+    levels = [name for name in found[0] if "log_snr" in name]
+    assert len(levels) > 5
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
 
 
 def test_ema_is_the_weighted_sum_of_all_weights() -> None:
