@@ -7,7 +7,6 @@ the module that registers it into `plugins=[my_package.my_module]` on the comman
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import sys
@@ -37,7 +36,7 @@ import sde.training.optimizers
 import sde.training.options
 import sde.training.schedules  # noqa: F401 - for the registries
 from sde.data import DATASETS
-from sde.errors import UserError, suggest
+from sde.errors import UserError, closest, suggest
 from sde.registry import Registry
 
 Options = TypeVar("Options")
@@ -252,5 +251,5 @@ def closest_key(key: str, config: Mapping[str, Any]) -> tuple[list[str], str | N
     for part in parts[:-1]:
         node = node.get(part, {}) if isinstance(node, Mapping) else {}
     beside = [str(k) for k in node if k not in ("hydra", "_target_")] if isinstance(node, Mapping) else []
-    close = difflib.get_close_matches(key, everything, n=1, cutoff=0.6)
-    return beside, close[0] if close else None
+    elsewhere = [name for name in everything if name.rpartition(".")[2] == parts[-1]]
+    return beside, closest(key, everything) or (elsewhere[0] if len(elsewhere) == 1 else None)

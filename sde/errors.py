@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable
+
+_ALIKE = 0.7  # of 1: from here on two words are taken for one that was misspelt
 
 
 class UserError(ValueError):
@@ -24,9 +27,31 @@ class Fault(Exception):
 def suggest(value: object, allowed: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` when `value` is close to one of `allowed`, otherwise an empty string."""
     names = list(allowed)
-    close = [name for name in names if name.lower() == str(value).lower()]
-    close = close or difflib.get_close_matches(str(value), names, n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    same = (name for name in names if name.lower() == str(value).lower())
+    close = next(same, None) or closest(str(value), names)
+    return f"; did you mean '{close}'?" if close else ""
+
+
+def closest(wanted: str, names: Iterable[str]) -> str | None:
+    """The name that `wanted` may be a misspelling of; None where none is close.
+
+    What stands before the last dot or slash is compared for itself: options of one section are not alike for its sake.
+    """
+    found = [(likeness(wanted, name), name) for name in names]
+    best = max(found, key=lambda pair: pair[0], default=(0.0, ""))
+    return best[1] if best[0] >= _ALIKE else None
+
+
+def likeness(one: str, other: str) -> float:
+    """From 0 to 1: how much of two dotted names is the same, in the part that differs most."""
+    pairs = zip(_halves(one), _halves(other), strict=True)
+    return min(difflib.SequenceMatcher(None, a, b).ratio() for a, b in pairs)
+
+
+def _halves(name: str) -> tuple[str, str]:
+    """A name's section, or nothing, and its last part; the point of a number divides nothing."""
+    parts = re.split(r"[./](?=[^\W\d][^./]*$)", name, maxsplit=1)
+    return ("", name) if len(parts) == 1 else (parts[0], parts[1])
 
 
 def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:

@@ -8,7 +8,8 @@ import math
 
 import pytest
 
-from sde.errors import UserError, check_choice, check_number, suggest
+from sde.config import closest_key
+from sde.errors import UserError, check_choice, check_number, closest, suggest
 from sde.grids import GRIDS
 from sde.losses import LOSSES
 from sde.parameterizations import PARAMETERIZATIONS
@@ -113,6 +114,24 @@ def test_user_errors_are_value_errors() -> None:
 )
 def test_suggestions(value: object, said: str) -> None:
     assert suggest(value, iter(["langevin", "ald", "RK45"])) == said
+
+
+def test_options_of_one_section_are_not_alike_for_its_sake() -> None:
+    """What they share is not what was misspelt."""
+    config = {
+        "training": {"clip": 1, "steps": 2, "lr_scale": 3},
+        "optimizer": {"lr": 1},
+        "loss": {"time": 0},
+        "time": 0,
+    }
+    assert closest_key("training.lerning", config) == (["clip", "steps", "lr_scale"], None)
+    assert closest_key("training.stepz", config)[1] == "training.steps"
+    assert closest_key("trainin.stesp", config)[1] == "training.steps"
+    assert closest_key("training.lr", config)[1] == "optimizer.lr"  # the one of this name
+    assert closest_key("training.time", config)[1] is None  # there are two
+    assert closest("torch.optim.Lion", ["torch.optim.Adam", "torch.optim.SGD"]) is None
+    assert closest("torch.optim.Adamm", ["torch.optim.Adam", "torch.optim.SGD"]) == "torch.optim.Adam"
+    assert closest("std0.15", ["0.9", "std0.05", "std0.1"]) == "std0.1"  # no section
 
 
 def test_choices() -> None:
