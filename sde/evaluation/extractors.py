@@ -71,6 +71,7 @@ class Extractor(ABC):
     _info: DataInfo | None = None
     _device: torch.device = torch.device("cpu")
     _network: nn.Module | None = None
+    _identity: str | None = None
 
     @property
     def name(self) -> str:
@@ -99,7 +100,7 @@ class Extractor(ABC):
             network = self._make(dataset, device)
         if network is not None:
             network = network.to(device).eval().requires_grad_(False)
-        self._info, self._device, self._network = dataset.info, device, network
+        self._info, self._device, self._network, self._identity = dataset.info, device, network, None
 
     def __call__(self, values: Tensor) -> Features:
         """The features of a batch as it is stored: uint8 (B, C, H, W), or float32 (B, ...).
@@ -116,8 +117,10 @@ class Extractor(ABC):
 
     def identity(self) -> str:
         """A hash of everything that the numbers depend on, hexadecimal; only for a prepared extractor."""
-        weights = None if self._network is None else digest_of_tensors(self._network.state_dict())
-        return digest_of(VERSION, self.name, self._numbers(), weights)
+        if self._identity is None:  # of a large network it takes seconds
+            weights = None if self._network is None else digest_of_tensors(self._network.state_dict())
+            self._identity = digest_of(VERSION, self.name, self._numbers(), weights)
+        return self._identity
 
     def describe(self) -> dict[str, Any]:
         """What is done to examples, in words and numbers, for the card; only of a prepared extractor."""

@@ -113,7 +113,7 @@ def reference(
         seed: which, if not all: the first `n` of a shuffle, in the order that the split has them in.
 
     Returns:
-        All of it in rank 0; of the features the others get those of their own batches.
+        All of it in rank 0; in the others the features are empty.
 
     Raises:
         UserError: there is no such split, `n` is out of range, or the cache cannot be written.
@@ -122,19 +122,21 @@ def reference(
         extractor.prepare(dataset, device)
     values = dataset.split(split).values
     chosen = choose(len(values), n, seed)
-    about = share(_facts(dataset, split, extractor, values, chosen, seed) if is_main() else {})
+    about = on_main(lambda: _facts(dataset, split, extractor, values, chosen, seed))
     key = digest_of(VERSION, about["examples"], about["pipeline"])
     path = cache_dir() / f"features-{key[:16]}.safetensors"
-    found = on_main(lambda: _read_cached(path, about))
-    if found is None:
+    found = _read_cached(path, about) if is_main() else None
+    if share(found is None):
 
         def read(rows: range) -> Tensor:
             return values[rows.start : rows.stop] if chosen is None else values[chosen[rows.start : rows.stop]]
 
         m = len(values) if chosen is None else len(chosen)
-        found = extract(extractor, read, m, batch_size, f"features of the {split} split")
-        if is_main():
-            write_reference(path, Reference(*found, key, about), cache=True)
+        made = extract(extractor, read, m, batch_size, f"features of the {split} split")
+        on_main(lambda: write_reference(path, Reference(*made, key, about), cache=True))
+        found = made
+    if found is None or not is_main():
+        found = Features(torch.empty(0, 0))
     return Reference(*found, key, about)
 
 
