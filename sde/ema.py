@@ -74,9 +74,14 @@ def chosen_widths(given: Any) -> list[float]:
         UserError: without any, or for one that is out of range.
     """
     widths = given if isinstance(given, list) else [given]
-    if not widths:
-        raise UserError("std=[] names no width: give one or several, such as std=[0.05,0.1]")
+    if not widths or widths in ([None], [""]):
+        written = "[]" if given == [] else ""
+        raise UserError(f"std={written} names no width: give one or several, such as std=[0.05,0.1]")
     for std in widths:
+        if isinstance(std, bool) or not isinstance(std, int | float):
+            raise UserError(
+                f"std={std!r} is not a number: it is the relative width of the average to make, such as std=0.1"
+            )
         check_number("std", std, above=0, below=WIDEST)
     return list(dict.fromkeys(float(std) for std in widths))
 

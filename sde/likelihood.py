@@ -44,7 +44,7 @@ from sde.density.discrete import (
 )
 from sde.density.flow import SMALL
 from sde.devices import PRECISIONS, pick_device
-from sde.distributed import any_signal, collect, is_main, on_main, own_batches
+from sde.distributed import any_signal, collect, is_main, on_main, own_batches, world
 from sde.errors import UserError, check_choice, check_flag, check_number
 from sde.likelihood_results import Scores, Task, describe, draw_pictures, mean_and_error, record, sentence, write_scores
 from sde.pictures import save_density
@@ -394,7 +394,9 @@ def full_float32() -> contextlib.AbstractContextManager[None]:
 
 
 def running(task: Task, scores: Scores) -> str:
-    """The mean so far, for the progress bar."""
+    """The mean so far, for the progress bar; nothing where other processes have examples of their own."""
+    if world().size > 1:
+        return ""
     mean, error = mean_and_error(task.bits(scores.column("log_prob")))
     return f"{mean:.4f}" + ("" if error is None else f" +- {error:.4f}") + " bits/dim"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -156,7 +157,8 @@ def draw_all(
                 solution = draw_batch(denoiser, plan, indices, label, progress)
                 finite = torch.isfinite(solution.x)
                 if not bool(finite.all()):
-                    print(f"\nwarning: {int((~finite).sum())} values of this batch are not finite", flush=True)
+                    warning = f"warning: {int((~finite).sum())} values of this batch are not finite"
+                    print(f"\n{warning}", file=sys.stderr, flush=True)  # every process says it of its own batches
                 drawn[number] = info.decode(solution.x).cpu(), solution.nfe
                 done += len(indices)
     signal = any_signal(stop.signal)

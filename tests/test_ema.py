@@ -528,7 +528,9 @@ def test_a_fit_that_is_poor_is_said(run_folder: Path) -> None:
     [
         (["std=0.3"], "std=0.3 is out of range: it must be above 0 and below 0.288675"),
         (["std=0"], "std=0 is out of range"),
-        (["std=wide"], "std='wide' is not a number"),
+        (["std=wide"], "std='wide' is not a number: it is the relative width of the average to make, such as std=0.1"),
+        (["std="], "std= names no width: give one or several, such as std=[0.05,0.1]"),
+        (["std=null"], "std= names no width"),
         (["std=[]"], "std=[] names no width"),
         ([], "the option 'std' needs a value"),
         (["std=0.1", "step=5"], "step=5 is outside the snapshots of r: give one from 10 to 100"),

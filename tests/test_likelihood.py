@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from sde.data import Split
+from sde.distributed import World
 from sde.likelihood import mean_and_error
 from sde.runs import Run
 from sde.training.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
@@ -94,6 +95,11 @@ def test_every_picture_has_its_row_whatever_the_batch(pixel_run: Path, whole: An
     np.testing.assert_allclose(sum(column(rows, name) for name in parts), bits, rtol=1e-9)
     assert f"{summary['bits_per_dim']:.4f} +- {summary['standard_error']:.4f} bits/dim" in done.out
     assert "+-" in done.err.splitlines()[-1]  # the progress bar
+    with pytest.MonkeyPatch.context() as patch:  # which shows no mean of a part of the examples
+        patch.setattr("sde.likelihood.world", lambda: World(0, 2))
+        _, _, shared = evaluated(pixel_run, *QUICK, "batch_size=8", "n=16", out="shared")
+    assert "+-" not in shared.err
+    assert "likelihood: 100%" in shared.err
     _, others, _ = evaluated(pixel_run, *QUICK, "batch_size=5", out="fives")
     np.testing.assert_allclose(column(others, "bits_per_dim"), bits, atol=2e-5)  # float32
     _, others, _ = evaluated(pixel_run, *QUICK, "seed=1", out="seed")
