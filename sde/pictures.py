@@ -318,6 +318,43 @@ def save_curves(
     _save_png(path, Image.fromarray(_rasterize(figure)).quantize(128))  # a palette: a quarter of the size
 
 
+class CostCurve(NamedTuple):
+    """One curve of `save_cost_curves`: values and their standard errors over numbers of evaluations."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    error: Sequence[float]
+
+
+def save_cost_curves(path: Path, curves: Sequence[CostCurve], y_label: str, floor: float | None = None) -> None:
+    """Write a number against network evaluations, with error bars, as a PNG.
+
+    Args:
+        path: the file.
+        curves: one for each solver.
+        y_label: what the number is.
+        floor: the number that data themselves have, a dashed line.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(8, 5), dpi=100)
+    axes.set(xscale="log", xlabel="NFE (network evaluations)", ylabel=y_label)
+    for k, curve in enumerate(curves):
+        axes.errorbar(curve.x, curve.y, curve.error, color=f"C{k % 10}", marker="o", ms=4, capsize=2, label=curve.name)
+    values = [y for curve in curves for y in curve.y]
+    if min(values) > 0 and max(values) > 20 * min(values):
+        axes.set_yscale("log")
+    if floor is not None and not (axes.get_yscale() == "log" and floor <= 0):
+        axes.axhline(floor, color="0.4", lw=1, ls="--", label="data themselves")
+    ticks = _far_apart(sorted({x for curve in curves for x in curve.x}))
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axes.xaxis.minorticks_off()
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    _save_png(path, Image.fromarray(_rasterize(figure)).quantize(128))
+
+
 class Line(NamedTuple):
     """One line of `save_lines`: `y` over `x`, with the standard errors of `y` as bars where they are given."""
 
