@@ -122,6 +122,9 @@ def test_units_of_the_coordinates_do_not_hide_any() -> None:
     assert whole == pytest.approx(large + rest, abs=1e-5)
     least = [gaussian(zero[:1], m[2:3, 2:3]) for m in (a, b)]
     assert frechet_distance(*least) == pytest.approx(float((a[2, 2].sqrt() - b[2, 2].sqrt()) ** 2), rel=1e-9)
+    # beside a variance of one, 1e-16 is below rounding, and yet its root is not: (1 - 1e-8)^2 + 1
+    tiny = gaussian(zero[:3], torch.tensor([1.0, 1e-16, 0.0], dtype=F64).diag())
+    assert frechet_distance(tiny, gaussian(zero[:3], torch.eye(3, dtype=F64))) == pytest.approx(2 - 2e-8, abs=1e-12)
 
 
 @pytest.mark.parametrize(("n", "m"), [(8, 6), (8, 50), (50, 8)])
@@ -289,6 +292,15 @@ def test_kid_averages_subsets_without_repetition() -> None:
     assert found["kid"] == pytest.approx(np.mean(values), abs=4 * spread / math.sqrt(3000))
     assert found["kid_std"] == pytest.approx(spread, rel=0.1)
     assert KernelDistance(subsets=50, subset_size=1000)(Sets(x, y)) == KernelDistance(50, 2)(Sets(x, y))
+
+
+def test_kid_draws_from_both_sets_independently() -> None:
+    """Of a set and its copy the mean over subsets is that of all pairs: equal subsets of both would be lower."""
+    x, size, subsets = normal(30, 3), 6, 2000
+    values = (x @ x.mT / 3 + 1) ** 3
+    expected = 2 * float((values.sum() - values.trace()) / (30 * 29) - values.mean())
+    found = KernelDistance(subsets=subsets, subset_size=size)(Sets(x, x.clone()))
+    assert found["kid"] == pytest.approx(expected, abs=4 * found["kid_std"] / math.sqrt(subsets))
 
 
 def test_kid_and_mmd_of_one_law_are_zero_in_the_mean() -> None:
