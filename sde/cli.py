@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import importlib
 import os
 import re
@@ -63,12 +64,12 @@ def run_command(name: str, command: Command, *, several: bool = False) -> None:
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here whole, and are made readable here
     sys.argv[1:] = flags_first([quoted(word) for word in sys.argv[1:]])
-    job = Job(name, command)
     _FAILURES.clear()
     try:
         raise_again()
         if world().size > 1:
             meet_others(name, several)
+        job = Job(name, command)
         with printing_on_main():
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(job)()
         if job.error is not None:
@@ -144,6 +145,7 @@ class Job:
     def __init__(self, name: str, command: Command) -> None:
         self.__module__ = f"sde.{name}"  # Hydra calls the job by the last part
         self.name, self.command, self.words = name, command, sys.argv[1:]
+        self.before = folders_before(name)
         self.error: BaseException | None = None
         self.stopped = False
 
@@ -154,7 +156,7 @@ class Job:
         sweep = HydraConfig.get().mode == RunMode.MULTIRUN
         folder = Path(output_dir())
         if self.stopped:  # an earlier job of this sweep was interrupted
-            _remove_empty(folder)
+            _remove_empty(folder, self.before)
             return None
         try:
             with own_arguments() if sweep else contextlib.nullcontext():
@@ -169,7 +171,7 @@ class Job:
                 raise
             return self.failed(error)
         finally:
-            _remove_empty(folder)
+            _remove_empty(folder, self.before)
         return None
 
     def failed(self, error: BaseException) -> Failure:
@@ -238,14 +240,27 @@ def flags_first(words: list[str]) -> list[str]:
 def quoted(word: str) -> str:
     """An override key=value with the value quoted where it is a plain text that Hydra's grammar cannot read.
 
-    The shell has taken away the quotes around paths with spaces or letters beyond ASCII; lists, sweeps,
-    interpolations and values with quotes of their own stay as they are.
+    The shell has taken away the quotes around paths with spaces, apostrophes or letters beyond ASCII; lists, sweeps,
+    interpolations and values that begin with a quote stay as they are.
     """
     key, equals, value = word.partition("=")
-    plain_text = equals and not word.startswith("-") and not re.search(r"""['",\[\]{}()$\\]""", value)
+    plain_text = equals and not word.startswith("-") and not re.search(r"""^['"]|[,\[\]{}()$\\]""", value)
     if plain_text and not re.fullmatch(r"[\w.+\-/:%*@?|~]*", value, re.ASCII):
-        return f"{key}='{value}'"
+        return f"{key}={in_quotes(value)}"
     return word
+
+
+def in_quotes(text: str) -> str:
+    """`text` as Hydra's grammar reads it whatever it holds."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + "\\'" * len(found[2]), text) + "'"
+
+
+def out_of_quotes(text: str) -> str:
+    """What a value means that may stand in quotes; without the quotes that a shell has left alone, if not."""
+    quote = text[:1]
+    if quote in ("'", '"') and len(text) > 1 and text.endswith(quote):
+        return re.sub(rf"(\\+)({quote}|$)", lambda found: found[1][: len(found[1]) // 2] + found[2], text[1:-1])
+    return text
 
 
 def add_data_overrides() -> None:
@@ -267,7 +282,7 @@ def argument(name: str) -> str | None:
     for word in sys.argv[1:]:
         key, equals, text = word.partition("=")
         if equals and key.lstrip("+") == name:
-            value = None if text in ("", "null") else text.strip("'\"")
+            value = None if text in ("", "null") else out_of_quotes(text)
     return value
 
 
@@ -280,15 +295,40 @@ def _leave(failures: list[Failure]) -> None:
     sys.exit(next((failure.code for failure in failures if failure.code), 0))
 
 
-def _remove_empty(folder: Path) -> None:
-    """Remove the folder that Hydra made for a command that wrote nothing to it, and those around it up to this one."""
-    here, folder = Path.cwd().resolve(), folder.resolve()
-    if here in folder.parents:
-        made = [path for path in (folder, *folder.parents) if here in path.parents]
-    else:
-        made = [path for path in (folder, folder.parent) if path != here and path not in here.parents]
+def folders_before(name: str) -> set[Path]:
+    """The folders that are there before Hydra makes those of this command, which are not this command's to remove."""
+    hydra_options = OmegaConf.to_container(OmegaConf.load(conf_dir() / f"{name}.yaml"), resolve=False)
+    assert isinstance(hydra_options, dict)
+    found = set()
+    for way in ("run", "sweep"):
+        default = {
+            "dir": "multirun/${now:}/${now:}",
+            "subdir": "${hydra:job.num}",
+            **hydra_options["hydra"].get(way, {}),
+        }
+        folder = argument(f"hydra.{way}.dir") or default["dir"]
+        if way == "sweep":
+            folder = f"{folder}/{argument('hydra.sweep.subdir') or default['subdir']}"
+        found |= {Path(path).resolve() for part in _beginnings(folder) for path in glob.iglob(part)}
+    return found
+
+
+def _beginnings(folder: str) -> list[str]:
+    """Patterns of a folder and those around it; what Hydra will fill in may be anything."""
+    filled, count = folder, 1
+    while count:
+        filled, count = re.subn(r"\$\{[^{}]*\}", "\0", filled)
+    whole = Path(glob.escape(filled).replace("\0", "*"))
+    return [str(path) for path in (whole, *whole.parents)]
+
+
+def _remove_empty(folder: Path, before: set[Path]) -> None:
+    """Remove the folder that Hydra made for a command that wrote nothing to it, and those that it made around it."""
+    folder, here = folder.resolve(), Path.cwd().resolve()
     with contextlib.suppress(OSError):
-        for path in made:
+        for path in (folder, *folder.parents):
+            if path in before or path == here or path in here.parents:
+                return
             path.rmdir()
 
 
@@ -325,7 +365,8 @@ def explain_hydra(message: str, name: str) -> str:
         beside, close = closest_key(key[1], _defaults(name))
         hint = f"; did you mean '{close}'?" if close else ""
         return f"there is no option '{key[1]}': there are {', '.join(beside) or 'none below it'}{hint}"
-    if "mismatched input" in message or "extraneous input" in message or "missing EQUAL" in message:
+    unreadable = ("mismatched input", "extraneous input", "missing EQUAL", "token recognition error", "NoViableAlt")
+    if any(sign in message for sign in unreadable):
         return f"cannot read an option ({_compact(message)}): write key=value, with quotes around special characters"
     if "mandatory value" in message or "Missing mandatory" in message:
         missing = re.search(r"full_key: (\S+)", message) or re.search(r"mandatory value: (\S+)", message)

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from sde.cli import RESUMABLE, argument, choices, task_overrides
+from sde.cli import RESUMABLE, argument, choices, in_quotes, task_overrides
 from sde.distributed import (
     is_main,
     on_main,
@@ -52,8 +52,7 @@ def choose_folder() -> None:
             raise UserError("resume= goes on with one run: leave --multirun out")
         folder = str(find_run(wanted).path)
         sys.argv[1:] = [addressed_to_run(word) for word in sys.argv[1:]]
-    escaped = folder.replace("'", "\\'")
-    sys.argv.append(f"hydra.run.dir='{escaped}'")
+    sys.argv.append(f"hydra.run.dir={in_quotes(folder)}")
 
 
 def addressed_to_run(word: str) -> str:

@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
+from sde.cli import in_quotes, out_of_quotes
 from sde.data import DataInfo
 from sde.runs import Run
 from sde.solvers import SOLVERS
@@ -322,6 +324,49 @@ def test_folders_with_spaces_and_letters_of_any_kind(tmp_path: Path) -> None:
     again = command("sde.train", word.replace("run=", "resume="), "training.steps=30", folder=tmp_path)
     assert again.code == 0, again.err
     assert "going on from step 20" in again.out
+
+
+def test_a_folder_with_an_apostrophe(tmp_path: Path) -> None:
+    done = command("sde.train", *TINY_2D, "training.steps=2", "hydra.run.dir=runs/x's é", folder=tmp_path)
+    assert done.code == 0, done.err
+    assert (tmp_path / "runs" / "x's é" / "config.yaml").is_file()
+    word = shlex.split(done.out.splitlines()[-1].split("sde.sample ")[1])[0]
+    again = command("sde.train", word.replace("run=", "resume="), "training.steps=4", folder=tmp_path)
+    assert again.code == 0, again.err
+    assert "going on from step 2" in again.out
+    broken = command("sde.train", "hydra.run.dir='x", folder=tmp_path)
+    assert broken.code == 2
+    assert "cannot read an option" in broken.err
+    assert len(broken.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["x's", "a\\b", "a\\", "'", "it's 'q' \\' é", 'x"y', "", "a\\\\b"])
+def test_quotes_hold_any_text(text: str) -> None:
+    """As Hydra's own parser reads it, and as this package does."""
+    value = OverridesParser.create().parse_override(f"key={in_quotes(text)}").value()
+    assert value == text
+    assert out_of_quotes(in_quotes(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("option", "mine"),
+    [
+        ("hydra.run.dir=mine/inner/x", ["mine", "mine/inner", "mine/inner/x"]),
+        ("hydra.run.dir=mine/inner/x", ["mine"]),
+        ("hydra.run.dir='mine/${sde._target_}/x'", ["mine/sde.processes.VP"]),
+        ("data=moons", ["runs"]),
+        ("data=moons", []),
+    ],
+    ids=["own", "above", "filled", "default", "none"],
+)
+def test_a_command_that_fails_removes_the_folders_that_it_made_and_no_other(
+    option: str, mine: list[str], tmp_path: Path
+) -> None:
+    for name in mine:
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+    before = sorted(tmp_path.rglob("*"))
+    assert command("sde.train", "training.steps=0", option, folder=tmp_path).code == 2
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_one_process_writes_a_run(tmp_path: Path) -> None:
