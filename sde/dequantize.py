@@ -23,7 +23,14 @@ from sde.devices import PRECISIONS, pick_device
 from sde.errors import UserError, check_choice
 from sde.runs import Run, check_ema
 from sde.training.batches import Batches
-from sde.training.checkpoint import Checkpoint, list_checkpoints, prune_checkpoints, save_checkpoint
+from sde.training.checkpoint import (
+    Checkpoint,
+    list_checkpoints,
+    prune_checkpoints,
+    remove_damaged,
+    save_checkpoint,
+    set_aside,
+)
 from sde.training.dequantization import (
     FOLDER,
     DequantizationOptions,
@@ -97,6 +104,7 @@ def train(
     def save() -> None:
         save_checkpoint(folder, {**content, **trainer.state()})
         prune_checkpoints(folder, trainer.options.keep)
+        remove_damaged(folder, trainer.step)
 
     try:
         with StopRequest().listening() as stop:
@@ -194,9 +202,7 @@ def go_on(trainer: DequantizerTrainer, before: Checkpoint, folder: Path) -> None
             f"{folder} has made {trainer.step} steps and training.steps={trainer.options.steps} asks for no more: "
             "raise training.steps to go on, or remove that folder to begin anew"
         )
-    for step, path in list_checkpoints(folder):
-        if step > trainer.step:
-            path.rename(path.with_suffix(".damaged"))
+    set_aside(folder, trainer.step)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from sde.training.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_newest,
+    set_aside,
 )
 from sde.training.loop import Trainer
 from sde.training.options import TrainingOptions
@@ -160,7 +161,11 @@ def go_on(run: Run, trainer: Trainer) -> bool:
         raise UserError(f"{checkpoint.path} does not fit the run's config.yaml ({reason}): restore it") from error
     if trainer.step >= trainer.options.steps:
         return False
-    for step, newer in list_checkpoints(run.checkpoints) if is_main() else []:
-        if step > trainer.step:
-            newer.rename(newer.with_suffix(".damaged"))
+    if is_main():
+        set_aside(run.checkpoints, trainer.step)
+        if "skipped" not in checkpoint.content:
+            print(
+                f"warning: {run.path} was begun with an earlier version: its steps go on with other random draws",
+                file=sys.stderr,
+            )
     return True

@@ -27,6 +27,7 @@ from sde.training.checkpoint import (
     best_step,
     list_checkpoints,
     prune_checkpoints,
+    remove_damaged,
     save_checkpoint,
 )
 from sde.training.ema import FOLDER as AVERAGES_FOLDER
@@ -152,6 +153,7 @@ def write_checkpoint(
         saved = has_saved(run, content)
     if saved:
         prune(run, options, options.keep)
+        remove_damaged(run.checkpoints, content["step"])
         return
     full = f"no space is left on the disk for the checkpoint of step {content['step']}"
     if needed:

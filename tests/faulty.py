@@ -212,7 +212,7 @@ class Watched:
 
 def arrange(plan: Plan, progress: Path) -> None:
     """Let in this process happen what the plan says."""
-    from sde import files, train
+    from sde import files, train, train_hooks
     from sde.data import images
     from sde.training import checkpoint, loop
 
@@ -270,10 +270,10 @@ def arrange(plan: Plan, progress: Path) -> None:
 
     checkpoint.atomic_write = watched_write
     around(loop.Trainer, "make_step", None, made)
-    around(train, "write_checkpoint", begin, end)
+    around(train_hooks, "write_checkpoint", begin, end)
     around(images.Images, "_decode", lambda *_: send(plan, "picture", 0), None)
     around(train, "announce", lambda *_: send(plan, "announce", 0), None)
-    around(train, "draw_preview", lambda *_: send(plan, "preview", state["step"]), None)
+    around(train_hooks, "draw_preview", lambda *_: send(plan, "preview", state["step"]), None)
     around(train.Validation, "__call__", lambda *_: send(plan, "validate", state["step"]), None)
     around(
         files, "sync", lambda path: refuse(plan, "fsync", state["step"], path), lambda p: saving(p) and event("synced")

@@ -22,9 +22,18 @@ from PIL import Image
 
 from sde.cli import in_quotes, out_of_quotes
 from sde.data import DataInfo
+from sde.errors import UserError
 from sde.runs import Run
 from sde.solvers import SOLVERS
-from sde.training.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
+from sde.training.checkpoint import (
+    checkpoint_path,
+    list_checkpoints,
+    load_checkpoint,
+    load_newest,
+    remove_damaged,
+    save_checkpoint,
+    set_aside,
+)
 from tests.commands import TINY, TINY_2D, command
 
 
@@ -202,9 +211,49 @@ def test_resuming_from_a_damaged_newest_checkpoint_goes_on_from_the_one_before(t
     assert done.code == 0, done.err
     assert "going on from step 10" in done.out
     assert [step for step, _ in list_checkpoints(tmp_path / "r" / "checkpoints")] == [10, 20]
-    assert (tmp_path / "r" / "checkpoints" / "step-00000020.damaged").read_bytes() == b"not a checkpoint"
+    assert not list((tmp_path / "r" / "checkpoints").glob("*.damaged"))  # there is a whole one of that step now
     steps = [json.loads(line)["step"] for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [10, 20]
+
+
+def test_damaged_checkpoints_stay_until_there_is_a_newer_one(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        checkpoint_path(tmp_path, step).write_bytes(b"not a checkpoint")
+    (tmp_path / "step-mine.damaged").touch()
+    set_aside(tmp_path, 10)
+    names = ["step-00000010.pt", "step-00000020.damaged", "step-00000030.damaged", "step-mine.damaged"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    remove_damaged(tmp_path, 19)
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    remove_damaged(tmp_path, 20)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [names[0], *names[2:]]
+
+
+def test_there_is_none_before_the_oldest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (10, 20):
+        checkpoint_path(tmp_path / "checkpoints", step).parent.mkdir(exist_ok=True)
+        checkpoint_path(tmp_path / "checkpoints", step).write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match="all 2 checkpoints"):
+        load_newest(tmp_path / "checkpoints")
+    newer, oldest = capsys.readouterr().err.splitlines()
+    assert newer.endswith(": falling back to the one before")
+    assert "step-00000010.pt is damaged" in oldest
+    assert "falling back" not in oldest
+    assert "earlier" not in oldest
+
+
+def test_a_run_of_an_earlier_version_is_told_that_its_draws_are_others(tmp_path: Path) -> None:
+    """Once: what it writes then is of this version."""
+    assert command("sde.train", *TINY_2D, "hydra.run.dir=r", folder=tmp_path).code == 0
+    path = checkpoint_path(tmp_path / "r" / "checkpoints", 20)
+    content = load_checkpoint(path).content
+    del content["skipped"]
+    save_checkpoint(path.parent, content)
+    sentence = "warning: r was begun with an earlier version: its steps go on with other random draws"
+    for steps, count in ((22, 1), (24, 0)):
+        done = command("sde.train", "resume=r", f"training.steps={steps}", folder=tmp_path)
+        assert done.code == 0, done.err
+        assert done.err.count(sentence) == count
 
 
 MISTAKES = [

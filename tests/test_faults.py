@@ -326,7 +326,8 @@ def test_a_damaged_checkpoint_is_passed_over(trainings: Trainings, whole: Path, 
     assert "is damaged" in done.err
     assert "falling back to the one before" in done.err
     assert "going on from step 15" in done.out
-    assert path.with_suffix(".damaged").read_bytes() == content
+    assert path.read_bytes() != content  # written again
+    assert not path.with_suffix(".damaged").exists()
     assert_same_end(copied, whole)
 
 

@@ -11,6 +11,9 @@ checks every record first, then loads with `weights_only=True`, which builds ten
     averages  states of further averages by name (`ema`)
     optimizer state of the optimizer        scaler that of the scale of a loss in fp16
     skipped   steps left out for a gradient that was not finite
+
+One that is damaged and newer than the one that a training goes on from is renamed to step-....damaged, and deleted once
+the training has written a whole one of that step or a later one.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from sde.files import atomic_write
 
 VERSION = 1
 REQUIRED = ("version", "step", "config", "data", "model", "ema")
+_ADVICE = ": take an earlier checkpoint"
 _NAME = re.compile(r"step-(\d+)\.pt")
 
 
@@ -87,6 +91,21 @@ def prune_checkpoints(folder: Path, keep: int, every: int = 0, best: int | None 
             path.unlink(missing_ok=True)
 
 
+def set_aside(folder: Path, after: int) -> None:
+    """Rename the checkpoints of steps after `after`, which are damaged, so that nobody takes them for good again."""
+    for step, path in list_checkpoints(folder):
+        if step > after:
+            path.rename(path.with_suffix(".damaged"))
+
+
+def remove_damaged(folder: Path, upto: int) -> None:
+    """Delete what was set aside of the steps up to `upto`, of which there is a whole checkpoint."""
+    for path in folder.glob("step-*.damaged"):
+        match = _NAME.fullmatch(path.with_suffix(".pt").name)
+        if match and int(match[1]) <= upto:
+            path.unlink(missing_ok=True)
+
+
 def best_step(steps: Iterable[int], metrics: Iterable[Mapping[str, Any]], name: str) -> int | None:
     """Which of the checkpoints' `steps` has the lowest value of a metric, the earliest of equal ones.
 
@@ -131,9 +150,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except OSError:
         raise
     except Exception as error:  # whatever a damaged archive makes the readers stumble over
-        raise DamagedCheckpoint(f"{path} is damaged ({_reason(error)}): take an earlier checkpoint") from error
+        raise DamagedCheckpoint(f"{path} is damaged ({_reason(error)}){_ADVICE}") from error
     if damaged is not None:
-        raise DamagedCheckpoint(f"{path} is damaged (the checksum of {damaged} is wrong): take an earlier checkpoint")
+        raise DamagedCheckpoint(f"{path} is damaged (the checksum of {damaged} is wrong){_ADVICE}")
     if not isinstance(content, dict) or any(key not in content for key in REQUIRED):
         raise UserError(f"{path} is not a checkpoint of this package: give one that python -m sde.train wrote")
     if content["version"] != VERSION:
@@ -157,11 +176,12 @@ def load_newest(folder: Path) -> Checkpoint:
     known = list_checkpoints(folder)
     if not known:
         raise UserError(f"{folder.parent} has no checkpoint: train it first, or give another run=")
-    for _, path in reversed(known):
+    for number, (_, path) in reversed([*enumerate(known)]):
         try:
             return load_checkpoint(path)
         except DamagedCheckpoint as error:
-            sentence = f"warning: {error}; falling back to the one before"
+            damage = str(error).removesuffix(_ADVICE)
+            sentence = f"warning: {damage}" + (": falling back to the one before" if number else "")
             if say_once(sentence):
                 print(sentence, file=sys.stderr)
     raise UserError(f"all {len(known)} checkpoints of {folder.parent} are damaged: train again")
