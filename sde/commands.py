@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +29,8 @@ from sde.runs import Run, check_ema, find_run, open_checkpoint, restore_denoiser
 from sde.solvers import SOLVERS, Solver
 from sde.training.checkpoint import Checkpoint
 from sde.training.ema import FOLDER
+from sde.training.logging import Logger
+from sde.training.metrics import append_metrics
 from sde.training.stopping import StopRequest
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"  # of progress
@@ -207,6 +210,41 @@ def write_samples(path: Path, samples: Tensor, info: DataInfo, labels: Tensor | 
         arrays["labels"] = labels.numpy()
     with atomic_write(path) as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+
+def note_result(
+    model: Model,
+    numbers: Mapping[str, float],
+    notes: Mapping[str, str],
+    pictures: Mapping[str, Path],
+    logger: Logger,
+) -> None:
+    """A line about a checkpoint in the run's metrics.jsonl, where it has one, and what the logger is to show.
+
+    Args:
+        model: that was evaluated.
+        numbers: by their names.
+        notes: words beside them.
+        pictures: for the logger.
+        logger: is told unless the run is being trained.
+    """
+    run, step = model.run, model.checkpoint.step
+    if run.metrics.is_file():
+        try:
+            append_metrics(run.metrics, step, numbers, notes)
+        except OSError as error:
+            print(f"warning: {run.metrics} does not have the result ({error.strerror})", file=sys.stderr)
+    if not logger.elsewhere:
+        return
+    try:
+        with run.locked():
+            logger.start(run.path, model.checkpoint.content["config"], step)
+            try:
+                logger.evaluation(step, numbers, pictures)
+            finally:
+                logger.finish(0)
+    except UserError:
+        print(f"warning: {run.path} is being trained, so its W&B run was left alone", file=sys.stderr)
 
 
 # The way between data and codes

@@ -25,6 +25,7 @@ from sde.commands import (
     chosen_grid,
     class_labels,
     describe_way,
+    note_result,
     open_model,
     run_dataset,
     watched,
@@ -45,7 +46,6 @@ from sde.pictures import save_grid, save_scatter
 from sde.sampling import Plan, denoised_at_the_end, make_times
 from sde.solvers import SOLVERS, Solver
 from sde.training.logging import Logger
-from sde.training.metrics import append_metrics
 
 PICTURES = ("fd", "kid", "pr", "dc")
 LABELED = ("is",)
@@ -371,26 +371,10 @@ def print_table(record: Mapping[str, Any]) -> None:
 
 def note(task: Task, record: Mapping[str, Any], path: Path, logger: Logger) -> None:
     """A line in the run's metrics.jsonl, and what the logger is to show."""
-    run, step = task.model.run, task.model.checkpoint.step
     numbers = {f"evaluation/{each['label']}": each["value"] for each in record["scores"] if each["value"] is not None}
     notes = {"evaluation/kind": path.stem, "evaluation/folder": str(path.parent)}
-    if run.metrics.is_file():
-        try:
-            append_metrics(run.metrics, step, numbers, notes)
-        except OSError as error:
-            print(f"warning: {run.metrics} does not have the result ({error.strerror})", file=sys.stderr)
-    if not logger.elsewhere:
-        return
     pictures = {f"evaluation/{file.stem}": file for file in path.parent.glob(f"{path.stem}.png")}
-    try:
-        with run.locked():
-            logger.start(run.path, task.model.checkpoint.content["config"], step)
-            try:
-                logger.evaluation(step, numbers, pictures)
-            finally:
-                logger.finish(0)
-    except UserError:
-        print(f"warning: {run.path} is being trained, so its W&B run was left alone", file=sys.stderr)
+    note_result(task.model, numbers, notes, pictures, logger)
 
 
 if __name__ == "__main__":

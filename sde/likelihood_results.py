@@ -6,7 +6,6 @@ import csv
 import io
 import math
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -15,18 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sde.commands import Model
+from sde.commands import Model, note_result
 from sde.data import DataInfo, Split
 from sde.denoiser import AbstractDenoiser
 from sde.density import bits_per_dim, times_to_noise
 from sde.density.discrete import ChainBound, DiscreteLogProb, Discretization, Flow, Method
-from sde.errors import UserError
 from sde.files import write_json, write_text
 from sde.grids import GRIDS
 from sde.pictures import save_captioned, save_histogram, save_terms
 from sde.solvers import SOLVERS
 from sde.training.logging import Logger
-from sde.training.metrics import append_metrics
 
 _SHOWN = 10  # pictures in a row of the best and the worst
 
@@ -286,30 +283,15 @@ def draw_pictures(folder: Path, summary: Mapping[str, Any], scores: Scores, task
 
 
 def record(config: Mapping[str, Any], task: Task, folder: Path, summary: Mapping[str, Any], logger: Logger) -> None:
-    """A line in the run's metrics.jsonl, where it has one, and what the logger is to show."""
-    run, step, prefix = task.model.run, task.model.checkpoint.step, f"likelihood/{task.split_name}"
+    """A line in the run's metrics.jsonl, and what the logger is to show."""
+    prefix = f"likelihood/{task.split_name}"
     numbers = {
         f"{prefix}/{name}": math.nan if summary[name] is None else float(summary[name])
         for name in ("bits_per_dim", "standard_error", "log_prob", "n")
     }
-    if run.metrics.is_file():
-        kind = f"{config['method']}-{task.discretization.kind}"
-        try:
-            append_metrics(run.metrics, step, numbers, {f"{prefix}/kind": kind, f"{prefix}/folder": str(folder)})
-        except OSError as error:
-            print(f"warning: {run.metrics} does not have the result ({error.strerror})", file=sys.stderr)
+    notes = {f"{prefix}/kind": f"{config['method']}-{task.discretization.kind}", f"{prefix}/folder": str(folder)}
     pictures = {f"{prefix}/{path.stem}": path for path in sorted(folder.glob("*.png"))}
-    if not logger.elsewhere:
-        return
-    try:
-        with run.locked():
-            logger.start(run.path, task.model.checkpoint.content["config"], step)
-            try:
-                logger.evaluation(step, numbers, pictures)
-            finally:
-                logger.finish(0)
-    except UserError:
-        print(f"warning: {run.path} is being trained, so its W&B run was left alone", file=sys.stderr)
+    note_result(task.model, numbers, notes, pictures, logger)
 
 
 def sentence(summary: Mapping[str, Any]) -> str:
