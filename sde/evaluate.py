@@ -7,82 +7,79 @@ place of samples give the floor, the number that perfect samples would have at t
 
 from __future__ import annotations
 
-import shlex
+import contextlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sde.cli import add_data_overrides, run_command
+from sde.cli import Interrupted, add_data_overrides, run_command
 from sde.commands import (
-    Model,
+    BAR,
     check_settings,
     chosen_grid,
     class_labels,
     describe_way,
-    note_result,
     open_model,
     run_dataset,
     watched,
 )
 from sde.config import build
-from sde.data import DataInfo, Dataset, Order
+from sde.data import DataInfo, Order
 from sde.devices import autocast, pick_device
-from sde.distributed import is_main
+from sde.distributed import any_signal, is_main, on_main
 from sde.errors import UserError, check_choice, check_number
-from sde.evaluation.card import write_card, write_overview
-from sde.evaluation.extractors import Extractor, chosen_for
+from sde.evaluate_results import Against, Found, Task, describe, note, print_table, weights_hash, write_all
+from sde.evaluation.diagnostics import Diagnostic
+from sde.evaluation.extractors import EXTRACTORS, Extractor, chosen_for
+from sde.evaluation.gaussian import ToGaussian
 from sde.evaluation.loader import load_samples
-from sde.evaluation.reference import Reference, reference
-from sde.evaluation.samples import Described, Drawn, describe_all
-from sde.evaluation.scores import Scored, score, table, thousands
+from sde.evaluation.model import Asked
+from sde.evaluation.reference import (
+    Reference,
+    open_reference,
+    read_statistics,
+    reference,
+    write_reference,
+    write_statistics,
+)
+from sde.evaluation.samples import Described, Drawn, describe_file
+from sde.evaluation.scores import Floor, Scored, score
 from sde.metrics import METRICS, Metric, Sets
-from sde.pictures import save_grid, save_scatter
+from sde.progress import progress_bar
 from sde.sampling import Plan, denoised_at_the_end, make_times
-from sde.solvers import SOLVERS, Solver
+from sde.solvers import Solver
 from sde.training.logging import Logger
+from sde.training.stopping import StopRequest
 
+ALIASES = {"fid": ("fd", "inception"), "fd_dinov2": ("fd", "dinov2")}
+"""Names that published numbers go by: the metric, and the features that make it so."""
 PICTURES = ("fd", "kid", "pr", "dc")
 LABELED = ("is",)
 POINTS = ("wasserstein", "grid_kl", "energy", "swd", "c2st")
-_SHOWN = 100
 
 
 def main() -> None:
     """Entry point of the command line."""
     add_data_overrides()
+    add_features()
     run_command("evaluate", evaluate, several=True)
 
 
-@dataclass(frozen=True)
-class Task:
-    """What is evaluated, by which metrics.
-
-    Args:
-        config: of the command.
-        model: the run's.
-        dataset: what samples are held against.
-        extractor: ready.
-        metrics: by their names.
-        device: where.
-    """
-
-    config: Mapping[str, Any]
-    model: Model
-    dataset: Dataset
-    extractor: Extractor
-    metrics: Mapping[str, Metric]
-    device: torch.device
-
-    @property
-    def info(self) -> DataInfo:
-        """Of the data."""
-        return self.model.info
+def add_features() -> None:
+    """Let features=FILE and features.path=FILE choose the extractor that reads a file."""
+    words = []
+    for word in sys.argv[1:]:
+        key, _, value = word.partition("=")
+        is_file = key == "features" and ("/" in value or value.endswith(".safetensors"))
+        words += ["features=module", f"features.path={value}"] if is_file else [word]
+    if any(word.startswith("features.path=") for word in words) and not any(w.startswith("features=") for w in words):
+        words.append("features=module")
+    sys.argv[1:] = words
 
 
 def evaluate(config: dict[str, Any]) -> None:
@@ -90,36 +87,24 @@ def evaluate(config: dict[str, Any]) -> None:
     check_options(config)
     device = pick_device(config["device"])
     logger: Logger = build(config["logger"], "logger")
-    metrics = chosen_metrics(config)
-    model = open_model(config, device)
-    dataset = run_dataset(model, config["data"])
-    extractor = chosen_extractor(config, model.info)
-    extractor.prepare(dataset, device)
-    names = metric_names(config, model.info, extractor)
-    task = Task(config, model, dataset, extractor, {name: metrics[name] for name in names}, device)
-    folder = model.run.path / "evaluations" if config["out"] is None else Path(str(config["out"])).expanduser()
-
-    own = reference(dataset, config["reference_split"], extractor, device, config["batch_size"], config["reference_n"])
-    other = "test" if config["reference_split"] == "train" else "train"
-    held_out = None
-    if len(dataset.split(other)):
-        held_out = reference(dataset, other, extractor, device, config["batch_size"], None)
-    drawn, about = samples_of(task, folder)
+    task = make_task(config, device)
+    folder = task.model.run.path / "evaluations" if config["out"] is None else Path(str(config["out"])).expanduser()
+    against = references(task)
+    drawn, sampling, sources = samples_of(task, folder)
+    diagnostics = diagnosed(task)
     if not is_main():
         return
     started = time.perf_counter()
-    scores = all_scores(task, drawn, own, held_out)
-    record = describe(task, drawn, about, own, scores, time.perf_counter() - started)
-    folder.mkdir(parents=True, exist_ok=True)
-    name = record_name(task, about, len(drawn[0]))
-    record["picture"] = save_first(folder / f"{name}.png", drawn[0], model.info, dataset)
-    path = write_card(folder, name, record)
+    scores = all_scores(task, drawn, against)
+    found = Found(drawn, sampling, scores, diagnostics, time.perf_counter() - started)
+    record = describe(task, against, found)
+    written = write_all(task, record, found, folder)
     print_table(record)
-    for written in (path, path.with_suffix(".json"), *write_overview(folder, record)):
-        print(written)
-    note(task, record, path, logger)
-    for forget in about["forget"]:
-        forget()
+    note(task, record, written[0], logger)
+    for source in sources:
+        source.forget()
+    for path in written:
+        print(path)
 
 
 # Options
@@ -135,6 +120,8 @@ def check_options(config: Mapping[str, Any]) -> None:
     seeds = config["seeds"]
     if not isinstance(seeds, list) or not seeds or any(not isinstance(s, int) or isinstance(s, bool) for s in seeds):
         raise UserError(f"seeds={seeds!r} must be a list of whole numbers, such as [0] or [0,1,2]")
+    for seed in seeds:
+        check_settings({**config, "seed": seed})
     if len(set(seeds)) < len(seeds):
         raise UserError(f"seeds={seeds} draws the same samples twice: name each seed once")
     for option, least in (("examples", 2), ("groups", 2)):
@@ -145,236 +132,316 @@ def check_options(config: Mapping[str, Any]) -> None:
     check_choice("reference_split", config["reference_split"], ("train", "test"))
     if config["samples"] is not None and len(seeds) > 1:
         raise UserError(f"samples={config['samples']} is one set: leave seeds={seeds} out")
+    if config["reference"] is not None and config["reference_n"] is not None:
+        raise UserError(f"reference={config['reference']} is all there is: leave reference_n out")
+    if not isinstance(config["diagnostics"], list | str):
+        raise UserError(f"diagnostics={config['diagnostics']!r} must be a list, such as [denoising,curl]")
 
 
-def chosen_metrics(config: Mapping[str, Any]) -> dict[str, Metric]:
-    """Every metric with its options."""
-    nodes = {name: config[name] for name in config if isinstance(config[name], Mapping) and name in METRICS}
-    return {name: build(node, "metrics") for name, node in nodes.items()}
-
-
-def chosen_extractor(config: Mapping[str, Any], info: DataInfo) -> Extractor:
-    """The extractor that was asked for, or the one that suits the data."""
-    node = config["features"]
-    if node.get("_target_") is None:
-        return chosen_for(info)
-    return build(node, "features")
-
-
-def metric_names(config: Mapping[str, Any], info: DataInfo, extractor: Extractor) -> list[str]:
-    """The metrics that were asked for, or those that suit the data.
+def make_task(config: Mapping[str, Any], device: torch.device) -> Task:
+    """Everything that the computation needs, checked.
 
     Raises:
-        UserError: for a metric that there is not, or that does not suit the data.
+        UserError: for options that do not go together, with the run or with its data.
+    """
+    names, features = wanted_metrics(config)
+    nodes = {name: config[name] for name in config if isinstance(config[name], Mapping) and name in METRICS}
+    metrics: dict[str, Metric] = {name: build(node, "metrics") for name, node in nodes.items()}
+    options = config["diagnostics_options"]
+    wanted = [config["diagnostics"]] if isinstance(config["diagnostics"], str) else config["diagnostics"]
+    asked = Asked(tuple(dict.fromkeys(wanted)), **options, batch_size=config["batch_size"])
+    model = open_model(dict(config), device)
+    dataset = run_dataset(model, config["data"])
+    extractor = chosen_extractor(config, model.info, features)
+    if names is None:
+        names = suitable_metrics(model.info, extractor)
+    held_out = bool(len(dataset.split("test")))
+    for name in names:
+        check_suits(name, model.info, extractor, held_out)
+    extractor.prepare(dataset, device)
+    return Task(config, model, dataset, extractor, {name: metrics[name] for name in names}, asked, device)
+
+
+def wanted_metrics(config: Mapping[str, Any]) -> tuple[list[str] | None, str | None]:
+    """The metrics that were asked for, None for those that suit the data, and the features that their names imply.
+
+    Raises:
+        UserError: for a metric that there is not, or names that imply different features.
     """
     wanted = config["metric"]
     if wanted == "auto":
-        if info.kind == "vectors":
-            return [name for name in POINTS if info.shape == (2,) or not METRICS.get(name).planar]
-        return [*PICTURES, *(LABELED if extractor.classifies else ())]
-    names = [wanted] if isinstance(wanted, str) else list(wanted)
-    for name in names:
-        check_choice("metric", name, METRICS)
-        metric = METRICS.get(name)
-        if metric.planar and info.shape != (2,):
-            raise UserError(f"metric={name} is for points in the plane and the data have shape {tuple(info.shape)}")
-        if metric.of == "probabilities" and not extractor.classifies:
-            raise UserError(f"metric={name} needs class probabilities: take features=classifier or features=inception")
-    return list(dict.fromkeys(names))
+        return None, None
+    given = [wanted] if isinstance(wanted, str) else wanted
+    if not isinstance(given, list) or not given:
+        raise UserError(f"metric={wanted!r} must be a metric, a list of them, or auto")
+    for name in given:
+        check_choice("metric", name, (*METRICS, *ALIASES))
+    implied = {ALIASES[name][1]: name for name in given if name in ALIASES}
+    if len(implied) > 1:
+        raise UserError(
+            f"metric={','.join(implied.values())} are of different features ({', '.join(implied)}): evaluate one after "
+            "the other; samples that both are to see can be drawn once, with python -m sde.sample"
+        )
+    names = [ALIASES[name][0] if name in ALIASES else name for name in given]
+    return list(dict.fromkeys(names)), next(iter(implied), None)
+
+
+def chosen_extractor(config: Mapping[str, Any], info: DataInfo, implied: str | None) -> Extractor:
+    """The extractor that was asked for, that a metric's name implies, or that suits the data.
+
+    Raises:
+        UserError: when what was asked for is not what the metric's name implies.
+    """
+    node = config["features"]
+    if node.get("_target_") is None:
+        return chosen_for(info) if implied is None else EXTRACTORS.get(implied)()
+    extractor: Extractor = build(node, "features")
+    if implied not in (None, extractor.name):
+        alias = next(name for name, (_, features) in ALIASES.items() if features == implied)
+        raise UserError(
+            f"metric={alias} is the Fréchet distance of features={implied} and here are features={extractor.name}: "
+            "leave features out, or take metric=fd"
+        )
+    return extractor
+
+
+def suitable_metrics(info: DataInfo, extractor: Extractor) -> list[str]:
+    """The metrics of metric=auto."""
+    if info.kind == "vectors":
+        return [name for name in POINTS if info.shape == (2,) or not METRICS.get(name).planar]
+    return [*PICTURES, *(LABELED if extractor.classifies else ())]
+
+
+def check_suits(name: str, info: DataInfo, extractor: Extractor, held_out: bool) -> None:
+    """Raise `UserError` unless a metric suits the data and the features."""
+    metric = METRICS.get(name)
+    if metric.planar and info.shape != (2,):
+        raise UserError(f"metric={name} is for points in the plane and the data have shape {tuple(info.shape)}")
+    if metric.of == "probabilities" and not extractor.classifies:
+        raise UserError(f"metric={name} needs class probabilities: take features=classifier or features=inception")
+    if metric.needs_held_out and not held_out:
+        raise UserError(f"metric={name} needs data that the model has not seen, and {info.name} has no test split")
+
+
+# What samples are held against
+
+
+def references(task: Task) -> Against:
+    """Features of the data and of held-out data, or what a file holds in place of the first.
+
+    Raises:
+        UserError: a file does not fit the data, the features or the metrics.
+    """
+    config, split = task.config, task.config["reference_split"]
+    other = "test" if split == "train" else "train"
+    how = (task.extractor, task.device, config["batch_size"])
+    own, statistics = None, None
+    path = None if config["reference"] is None else Path(str(config["reference"])).expanduser()
+    if path is not None and path.suffix == ".npz":
+        check_alone(task, path)
+        statistics = read_statistics(path, int(task.extractor.describe()["dimensions"]))
+    elif path is not None:
+        own = open_reference(path, task.extractor, task.dataset, split)
+    else:
+        own = reference(task.dataset, split, *how, config["reference_n"])
+    held_out = reference(task.dataset, other, *how, None) if len(task.dataset.split(other)) else None
+    if config["export"] is not None:
+        export = Path(str(config["export"])).expanduser()
+        on_main(lambda: export_reference(export, own))
+    return Against(own, held_out, statistics)
+
+
+def check_alone(task: Task, path: Path) -> None:
+    """Raise `UserError` for metrics that a mean and a covariance are not enough for."""
+    others = [name for name, metric in task.metrics.items() if name != "fd" and metric.of == "features"]
+    if others or "fd" not in task.metrics:
+        raise UserError(
+            f"reference={path} holds a mean and a covariance, which are enough for fd and not for "
+            f"{', '.join(others or task.metrics)}: take metric=fd, or leave reference out"
+        )
+    if getattr(task.metrics["fd"], "extrapolate", False):
+        raise UserError(f"reference={path} cannot be divided into parts: take fd.extrapolate=false")
+
+
+def export_reference(path: Path, own: Reference | None) -> None:
+    """Write the reference: mean and covariance into an .npz, all features into a .safetensors.
+
+    Raises:
+        UserError: there is none, or the file is to be of another kind.
+    """
+    if own is None:
+        raise UserError(f"export={path} writes the features of the data: leave reference out")
+    if path.suffix == ".npz":
+        write_statistics(path, own.features)
+    elif path.suffix == ".safetensors":
+        write_reference(path, own)
+    else:
+        raise UserError(f"export={path} is of no known kind: .npz for mu and sigma, .safetensors for all features")
 
 
 # Samples
 
 
-def samples_of(task: Task, folder: Path) -> tuple[list[Described], dict[str, Any]]:
-    """The sets of samples, drawn or read, and what made them."""
+class _Stopped(Exception):
+    """Leaves a solver between two steps."""
+
+
+def samples_of(task: Task, folder: Path) -> tuple[list[Described], dict[str, Any], list[Drawn]]:
+    """The sets of samples, how they came to be, and what keeps the parts of those that were drawn.
+
+    Raises:
+        Interrupted: when asked to stop; what has been drawn by then is kept.
+    """
     config, model = task.config, task.model
     if config["samples"] is not None:
-        path = Path(str(config["samples"])).expanduser()
-        batches = load_samples(path, model.info, config["batch_size"])
-        found = describe_all(batches, task.extractor, config["examples"])
-        return [found], {"sampling": {"samples": str(path)}, "forget": []}
+        samples = load_samples(Path(str(config["samples"])).expanduser(), model.info, config["batch_size"])
+        found = describe_file(samples, task.extractor, config["batch_size"], config["examples"])
+        return [found], {"samples": str(samples.path), "file": samples.about}, []
     solver: Solver = build(config["solver"], "solver")
     grid = chosen_grid(dict(config))
     times = make_times(solver, model.denoiser, grid, config["steps"])
     solver = denoised_at_the_end(solver, model.denoiser, times) if config["denoise"] else solver
     labels = class_labels(config["label"], config["n"], model.denoiser, model.info)
-    way = describe_way(solver, grid, list(times)) | {"denoise": config["denoise"], "noise": config["noise"]}
-    identity = {
-        "checkpoint": [str(model.checkpoint.path.resolve()), model.checkpoint.step],
-        "ema": config["ema"],
-        "label": config["label"],
-        "precision": config["precision"],
-        **way,
-        "times": list(times),
+    sampling = {
+        **describe_way(solver, grid, list(times)),
+        "denoise": config["denoise"],
+        "noise": config["noise"],
+        "label": label_policy(task, labels),
+        **{key: config[key] for key in ("precision", "compile", "batch_size", "seeds")},
     }
-    sets, forget = [], []
+    identity = {**sampling, "seeds": None, "times": list(times), "weights": weights_hash(model)}
+    identity |= {"labels": None if labels is None else labels.tolist(), "device": task.device.type}
+    sets, sources = [], []
     for seed in config["seeds"]:
         plan = Plan(solver, times, model.info.shape, seed, task.device, noise=config["noise"])
         drawn = Drawn(
             model.denoiser, plan, model.info, task.extractor, config["n"], config["batch_size"], labels,
             config["examples"], folder, identity,
         )  # fmt: skip
-        with watched(f"samples of seed {seed}", config["n"]) as progress, autocast(task.device, config["precision"]):
-            sets.append(drawn(progress))
-        forget.append(drawn.forget)
-    return sets, {"sampling": {**way, "seeds": config["seeds"]}, "forget": forget}
+        draw(drawn, task)
+        sets.append(drawn.collected())
+        sources.append(drawn)
+    return sets, without_infinities(sampling), sources
+
+
+def draw(drawn: Drawn, task: Task) -> None:
+    """Draw a set with a progress bar.
+
+    Raises:
+        Interrupted: in all processes, when one of them was asked to stop.
+    """
+    name = f"samples of seed {drawn.plan.seed}"
+    with (
+        StopRequest().listening() as stop,
+        progress_bar(drawn.n, unit="sample", desc=name, bar_format=BAR) as bar,
+        autocast(task.device, task.config["precision"]),
+        contextlib.suppress(_Stopped),
+    ):
+
+        def progress(share: float) -> None:
+            if stop.signal is not None:
+                raise _Stopped
+            bar.update(share * drawn.n - bar.n)
+
+        drawn.draw(progress)
+    signal = any_signal(stop.signal)
+    if signal is not None:
+        kept = drawn.kept()
+        raise Interrupted(
+            f"interrupted: {kept} of {drawn.n} samples of seed {drawn.plan.seed} are kept, and the same command goes "
+            "on from there",
+            128 + signal,
+        )
+
+
+def label_policy(task: Task, labels: Tensor | None) -> str:
+    """Which classes were asked for, in words."""
+    if labels is None:
+        return "none: the network is not told any"
+    label = task.config["label"]
+    return "each class in turn" if label in (None, "all") else f"{label}"
+
+
+def without_infinities(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain values, infinities as words, since JSON has none."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        infinite = isinstance(value, float) and abs(value) == float("inf")
+        found[key] = without_infinities(value) if isinstance(value, Mapping) else str(value) if infinite else value
+    return found
+
+
+def diagnosed(task: Task) -> list[Diagnostic]:
+    """What was asked of the model itself."""
+    if not task.asked.names:
+        return []
+    with watched("diagnostics", task.asked.examples) as progress:
+        return task.asked(task.model.denoiser, task.dataset, task.device, progress)
 
 
 # Scores
 
 
-def all_scores(task: Task, drawn: Sequence[Described], own: Reference, held_out: Reference | None) -> list[Scored]:
+def all_scores(task: Task, drawn: Sequence[Described], against: Against) -> list[Scored]:
     """All numbers of all metrics."""
-    config, found = task.config, []
-    kinds = {metric.of == "examples" for metric in task.metrics.values()}
-    by_kind = {
-        examples: (sets_of(task, drawn, own, held_out, examples), floor_of(task, drawn, own, held_out, examples))
-        for examples in kinds
-    }
+    found: list[Scored] = []
+    known: dict[str, tuple[list[Sets], Floor | None]] = {}
     for name, metric in task.metrics.items():
-        sets, floor = by_kind[metric.of == "examples"]
-        if metric.needs_held_out:
-            if sets[0].held_out is None:
-                raise UserError(f"metric={name} needs data that the model has not seen, and there is no such split")
-            floor = None
-        if metric.of == "probabilities" and floor is not None and floor.probabilities is None:
-            floor = None
-        found += score(name, metric, sets, task.extractor.name, floor, config["groups"])
+        kind = "memorization" if metric.needs_held_out else "examples" if metric.of == "examples" else "features"
+        if kind not in known:
+            make = {"memorization": sets_beside_all, "examples": sets_of_examples, "features": sets_of_features}[kind]
+            known[kind] = make(task, drawn, against)
+        if name == "fd" and against.statistics is not None:
+            metric = ToGaussian.from_statistics(against.statistics, getattr(metric, "unbiased", True))
+        found += score(name, metric, known[kind][0], task.extractor.name, known[kind][1], task.config["groups"])
     return found
 
 
-def sets_of(
-    task: Task, drawn: Sequence[Described], own: Reference, held_out: Reference | None, examples: bool
-) -> list[Sets]:
-    """The sets of a metric of features, or of examples themselves."""
-    if not examples:
-        rest = None if held_out is None else held_out.features
-        return [Sets(each.features, own.features, rest, each.probabilities) for each in drawn]
-    data, rest = (data_examples(task, held_out=is_rest) for is_rest in (False, True))
-    return [Sets(flat(task.info, each.examples), data, rest) for each in drawn]
+def sets_of_features(task: Task, drawn: Sequence[Described], against: Against) -> tuple[list[Sets], Floor | None]:
+    """Features of the samples beside those of the data."""
+    data = drawn[0].features[:0] if against.own is None else against.own.features
 
+    def sets(each: Described) -> Sets:
+        return Sets(each.features, data, None, each.probabilities)
 
-def floor_of(
-    task: Task, drawn: Sequence[Described], own: Reference, held_out: Reference | None, examples: bool
-) -> Sets | None:
-    """Held-out data in place of samples, as many as there are of both."""
+    held_out = against.held_out
     if held_out is None:
-        return None
-    if examples:
-        rest = data_examples(task, held_out=True)
-        n = min(len(drawn[0].examples), len(rest))
-        return Sets(rest[:n], data_examples(task, held_out=False))
-    n = min(len(drawn[0]), len(held_out.features))
-    chosen = Order(len(held_out.features), n, 0)(0)
-    probabilities = None if held_out.probabilities is None else held_out.probabilities[chosen]
-    return Sets(held_out.features[chosen], own.features, None, probabilities)
+        return [sets(each) for each in drawn], None
+    n = min(len(drawn[0]), len(held_out))
+    rest = Described(held_out.features, held_out.probabilities, held_out.features[:0]).some(n)
+    fewer = [sets(each.some(n)) for each in drawn] if n < len(drawn[0]) else None
+    return [sets(each) for each in drawn], Floor(sets(rest), fewer)
 
 
-def data_examples(task: Task, held_out: bool) -> Tensor:
-    """Examples of the data as vectors, as the network sees them, at most as many as `examples` says."""
-    split = task.config["reference_split"]
-    split = {"train": "test", "test": "train"}[split] if held_out else split
+def sets_of_examples(task: Task, drawn: Sequence[Described], against: Against) -> tuple[list[Sets], Floor | None]:
+    """The samples themselves, as many as are kept, beside as many of the data."""
+    split, most = task.config["reference_split"], task.config["examples"]
+    data, rest = data_vectors(task, split, most), data_vectors(task, "test" if split == "train" else "train", most)
+    ours = [vectors(task.info, each.examples) for each in drawn]
+    n = min(len(ours[0]), len(rest))
+    if n == 0:
+        return [Sets(each, data) for each in ours], None
+    fewer = [Sets(each[:n], data) for each in ours] if n < len(ours[0]) else None
+    return [Sets(each, data) for each in ours], Floor(Sets(rest[:n], data), fewer)
+
+
+def sets_beside_all(task: Task, drawn: Sequence[Described], against: Against) -> tuple[list[Sets], Floor | None]:
+    """The samples themselves beside all training examples, among which copies would be, and some that are held out."""
+    train, rest = data_vectors(task, "train", None), data_vectors(task, "test", task.config["examples"])
+    return [Sets(vectors(task.info, each.examples), train, rest) for each in drawn], None
+
+
+def data_vectors(task: Task, split: str, most: int | None) -> Tensor:
+    """Examples of a split as vectors, `most` of them chosen by seed 1, or all."""
     values = task.dataset.split(split).values
-    if not len(values):
-        return torch.empty(0, 1)
-    chosen = Order(len(values), min(len(values), task.config["examples"]), 1)(0)
-    return flat(task.info, values[chosen])
+    if most is None or not len(values):
+        return vectors(task.info, values) if len(values) else torch.empty(0, 1)
+    return vectors(task.info, values[Order(len(values), min(len(values), most), 1)(0)])
 
 
-def flat(info: DataInfo, stored: Tensor) -> Tensor:
+def vectors(info: DataInfo, stored: Tensor) -> Tensor:
     """Stored examples as vectors (n, D), as the network sees them."""
     return info.encode(stored).flatten(1)
-
-
-# Results
-
-
-def describe(
-    task: Task,
-    drawn: Sequence[Described],
-    about: Mapping[str, Any],
-    own: Reference,
-    scores: Sequence[Scored],
-    seconds: float,
-) -> dict[str, Any]:
-    """The record of an evaluation: all that its numbers depend on."""
-    config, model, n = task.config, task.model, len(drawn[0])
-    nfe = [count for each in drawn for count in each.nfe]
-    spent = sum(each.seconds for each in drawn)
-    cost: dict[str, Any] = {"evaluation_seconds": round(seconds, 2), "device": str(task.device)}
-    if nfe:
-        cost |= {"nfe": max(nfe), "milliseconds_per_sample": round(1000 * spent / (n * len(drawn)), 3)}
-    trained = model.checkpoint.content["config"]
-    several = len(drawn) > 1
-    return {
-        "scores": [each.to_dict() for each in scores],
-        "errors_of": f"the mean over {len(drawn)} sets of samples, from their spread"
-        if several
-        else f"one set of samples, by the jackknife over {config['groups']} groups of examples of both sides",
-        "n": n,
-        "model": {
-            "run": str(model.run.path),
-            "checkpoint": model.checkpoint.path.name,
-            "step": model.checkpoint.step,
-            "weights": "averaged" if config["ema"] is True else config["ema"],
-            "sde": trained.get("sde", {}).get("_target_", "").rsplit(".", 1)[-1],
-            "network": trained.get("model", {}).get("_target_", "").rsplit(".", 1)[-1],
-        },
-        "sampling": {**about["sampling"], "precision": config["precision"], "batch_size": config["batch_size"]},
-        "cost": cost,
-        "features": task.extractor.describe(),
-        "reference": {"split": config["reference_split"], "n": len(own.features), "key": own.key},
-        "data": {
-            "name": task.info.name,
-            "shape": list(task.info.shape),
-            "pixels": "rounded to the nearest of 256 gray levels, no compression" if task.info.kind == "pixels" else "",
-        },
-        "versions": {"torch": torch.__version__},
-        "command": shlex.join(["python", "-m", "sde.evaluate", *sys.argv[1:]]),
-    }
-
-
-def record_name(task: Task, about: Mapping[str, Any], n: int) -> str:
-    """What the files of an evaluation are called."""
-    sampling = about["sampling"]
-    if "samples" in sampling:
-        way = Path(sampling["samples"]).stem
-    else:
-        steps = "" if sampling["steps"] is None else f"-{sampling['steps']}"
-        way = f"{SOLVERS.name_of(type(build(task.config['solver'], 'solver')))}{steps}"
-    return f"{way}-{task.extractor.name}-{thousands(n)}-step{task.model.checkpoint.step}"
-
-
-def save_first(path: Path, drawn: Described, info: DataInfo, dataset: Dataset) -> str | None:
-    """A picture of the first samples, and its name; None for data that have none."""
-    if info.kind == "pixels":
-        save_grid(path, drawn.examples[:_SHOWN])
-    elif info.shape == (2,):
-        save_scatter(path, drawn.examples, dataset.split("test").values)
-    else:
-        return None
-    return path.name
-
-
-def print_table(record: Mapping[str, Any]) -> None:
-    """The scores, aligned."""
-    rows = table(record["scores"])
-    columns = list(rows[0])
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in columns}
-    for row in ({name: name for name in columns}, *rows):
-        print("  ".join(row[name].ljust(widths[name]) for name in columns).rstrip())
-    cost = record["cost"]
-    if "nfe" in cost:
-        print(f"{cost['nfe']} evaluations and {cost['milliseconds_per_sample']} ms a sample")
-
-
-def note(task: Task, record: Mapping[str, Any], path: Path, logger: Logger) -> None:
-    """A line in the run's metrics.jsonl, and what the logger is to show."""
-    numbers = {f"evaluation/{each['label']}": each["value"] for each in record["scores"] if each["value"] is not None}
-    notes = {"evaluation/kind": path.stem, "evaluation/folder": str(path.parent)}
-    pictures = {f"evaluation/{file.stem}": file for file in path.parent.glob(f"{path.stem}.png")}
-    note_result(task.model, numbers, notes, pictures, logger)
 
 
 if __name__ == "__main__":

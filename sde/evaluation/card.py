@@ -2,23 +2,46 @@
 
 evaluations/NAME.json     everything: numbers, errors, floors, what made them
 evaluations/NAME.md       the card
-evaluations/NAME.png      the first samples
+evaluations/NAME.png      the first samples; NAME-nearest.png their nearest training examples
 evaluations/table.md      all evaluations of the same data, features and number of samples, side by side
 evaluations/quality_cost_METRIC.png
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sde.evaluation.model import by_level
 from sde.evaluation.scores import table, with_error
 from sde.files import write_json, write_text
 from sde.pictures import CostCurve, save_cost_curves
 
-_COMPARABLE = ("n", "features", "reference", "data")
+COMPARABLE = ("n", "features", "reference", "data")  # sections that are the same where numbers can be compared
+_IDENTITY = (*COMPARABLE, "sampling", "metrics", "diagnostics_of")
+_FACTS = ("solver", "grid", "denoise", "noise", "label", "precision")
+
+
+# One evaluation
+
+
+def free_name(folder: Path, name: str, record: Mapping[str, Any]) -> str:
+    """`name`, with a number behind it where another evaluation has it; one of the same settings is replaced."""
+    for number in itertools.count(1):
+        found = name if number == 1 else f"{name}-{number}"
+        other = _read(folder / f"{found}.json")
+        if not (folder / f"{found}.json").exists() or (other is not None and _identity(other) == _identity(record)):
+            return found
+    raise AssertionError("there are more numbers")
+
+
+def _identity(record: Mapping[str, Any]) -> str:
+    """Everything that the numbers depend on."""
+    model = {key: record["model"].get(key) for key in ("weights", "hash")}
+    return json.dumps([model, *(record.get(key) for key in _IDENTITY)], sort_keys=True)
 
 
 def write_card(folder: Path, name: str, record: Mapping[str, Any]) -> Path:
@@ -31,26 +54,116 @@ def write_card(folder: Path, name: str, record: Mapping[str, Any]) -> Path:
 
 def card(name: str, record: Mapping[str, Any]) -> str:
     """The card as Markdown."""
-    lines = [f"# {name}", "", *markdown(table(record["scores"])), ""]
+    lines = [f"# {name}", "", *markdown(table(record["scores"])), "", f"Errors: {record['errors_of']}.", ""]
+    lines += [floor_sentence(record), ""]
+    for picture, what in record["pictures"].items():
+        lines += [f"![{what}]({picture})", "", f"*{what}*", ""]
+    lines += ["## What the numbers depend on", "", *markdown(facts(record)), ""]
+    lines += model_lines(record)
     lines += [
-        f"Errors are standard errors: {record['errors_of']}. *Data themselves* is the same number for held-out data in "
-        "place of samples, at the number of examples given: no model should be expected to be better at that number.",
+        "## Made by",
+        "",
+        f"    {record['command']}",
+        "",
+        f"Everything in numbers: [{name}.json]({name}.json)",
         "",
     ]
-    if (folder_picture := record.get("picture")) is not None:
-        lines += [f"![the first samples]({folder_picture})", ""]
-    lines += ["## What was evaluated", ""]
-    for section in ("model", "sampling", "cost", "features", "reference", "data"):
-        facts = record.get(section)
-        if facts:
-            lines += [f"- **{section}**: " + "; ".join(f"{key} {_short(value)}" for key, value in facts.items())]
-    lines += ["", "## Model", "", *markdown(record["diagnostics"]), ""] if record.get("diagnostics") else []
-    lines += ["", "Made by:", "", f"    {record['command']}", ""]
     return "\n".join(lines)
 
 
+def floor_sentence(record: Mapping[str, Any]) -> str:
+    """What the column of the data is."""
+    counts = sorted({each["floor_n"] for each in record["scores"] if each["floor_n"] is not None})
+    if not counts:
+        return "There is no column for the data themselves: too few are held out, or none."
+    text = (
+        "*Data themselves* is the same number for held-out data in place of samples: what perfect samples would have, "
+        "at that number of them."
+    )
+    if any(each["value_at_floor_n"] is not None for each in record["scores"]):
+        numbers = ", ".join(map(str, counts))
+        text += (
+            f" No more than {numbers} examples are held out, so *value at their n* is the number for as many of the "
+            "samples, which can be compared with it; most numbers get smaller with n alone."
+        )
+    return text
+
+
+def facts(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Every fact that the numbers depend on, in words."""
+    model, rows = record["model"], samples_facts(record)
+    rows["model"] = f"{model['sde']}, {model['network']} of {model['run']}, step {model['step']}, weights "
+    rows["model"] += f"{model['weights']} (SHA-256 {model['hash'][:16]})"
+    rows["cost"] = _pairs(record["cost"])
+    data, features = dict(record["data"]), dict(record["features"])
+    rows["data"] = f"{data['data']}, {data['kind']} of shape {_short(data['shape'])}; {_pairs(data['options'])}"
+    if data["kind"] == "pixels":
+        rows["decoding"] = data["decoding"]
+        rows["resizing"] = _short(features.pop("resize", None) or "none")
+    rows["features"] = f"{features.pop('features')}: {_pairs(features)}"
+    rows["reference"] = _pairs(
+        {key: x for key, x in record["reference"].items() if key not in ("features", "pipeline")}
+    )
+    rows |= {f"options of {name}": _pairs(options) for name, options in record["metrics"].items() if options}
+    rows["versions"] = _pairs(record["versions"])
+    return [{"": key, "of this evaluation": value.replace("|", "\\|")} for key, value in rows.items()]
+
+
+def samples_facts(record: Mapping[str, Any]) -> dict[str, str]:
+    """How the samples came to be."""
+    sampling, pixels = record["sampling"], record["data"]["kind"] == "pixels"
+    if "samples" in sampling:
+        rows = {"samples": f"{record['n']} in {sampling['samples']}: {_pairs(sampling['file'])}"}
+        lossy = sampling["file"].get("compressed", 0)
+        return rows | ({"compression": f"{lossy} of them are JPEG or WebP"} if pixels and lossy else {})
+    seeds = sampling["seeds"]
+    which = f"seed {seeds[0]}" if len(seeds) == 1 else f"each of the {len(seeds)} seeds {_short(seeds)}"
+    rows = {"samples": f"{record['n']} of {which}; sample k of a seed is a function of both, whatever the batch size"}
+    if pixels:
+        rows["compression"] = "none: samples are compared as they are drawn"
+    steps = (
+        "its own steps" if sampling["steps"] is None else f"{sampling['steps']} steps of the grid {sampling['grid']}"
+    )
+    options = {key: value for key, value in sampling["options"].items() if key != "compile"}
+    rows["solver"] = f"{sampling['solver']}, {steps}, from t = {sampling['T']:g} to {sampling['t_min']:g}; "
+    rows["solver"] += _pairs(options)
+    rows["noise"] = f"{sampling['noise']} draws" if sampling["noise"] == "independent" else "of one path per sample"
+    rows["labels"] = sampling["label"]
+    rows["arithmetic"] = _pairs({key: sampling[key] for key in ("precision", "compile", "batch_size")})
+    return rows
+
+
+def model_lines(record: Mapping[str, Any]) -> list[str]:
+    """The part of the card about the model itself; nothing where nothing is known."""
+    lines: list[str] = []
+    if (likelihood := record.get("likelihood")) is not None:
+        value = with_error(likelihood["bits_per_dim"], likelihood["standard_error"])
+        where = f"[{likelihood['folder']}]({likelihood['link']})" if likelihood["link"] else likelihood["folder"]
+        lines += [
+            f"{value} bits/dim of this checkpoint ({likelihood['kind']}, {likelihood['n']:g} of split="
+            f"{likelihood['split']}, ema={likelihood['ema']}), computed before: {where}",
+            "",
+        ]
+    if record.get("diagnostics"):
+        lines += [*markdown(by_level(record["diagnostics"])), "", f"Of {record['diagnostics_of']}.", ""]
+        for picture in record["diagnostic_pictures"]:
+            lines += [f"![{Path(picture).stem}]({picture})", ""]
+    return ["## The model itself", "", *lines] if lines else []
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    shown = {key: value for key, value in values.items() if value not in (None, {}, [])}
+    return ", ".join(f"{key.replace('_', ' ')} {_short(value)}" for key, value in shown.items())
+
+
 def _short(value: Any) -> str:
-    text = json.dumps(value, default=str) if isinstance(value, Mapping | list | tuple) else str(value)
+    if isinstance(value, Mapping):
+        return _pairs(value)
+    if isinstance(value, list | tuple):
+        value = ", ".join(map(str, value)) if len(value) <= 20 else f"{value[0]}, {value[1]}, ..., {value[-1]}"
+    text = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+    if len(text) == 64 and set(text) <= set("0123456789abcdef"):
+        return text[:16]  # a hash, whole in the .json
     return text if len(text) <= 200 else text[:200] + "..."
 
 
@@ -63,49 +176,105 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines + ["| " + " | ".join(str(row.get(name, "")) for name in names) + " |" for row in rows]
 
 
+# All evaluations in a folder
+
+
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """All evaluations in a folder, oldest first; files that are none are left out."""
-    found = []
-    for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime):
-        try:
-            record = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError):
-            continue
-        if isinstance(record, dict) and {"scores", "cost", *_COMPARABLE} <= record.keys():
-            found.append({**record, "name": path.stem})
-    return found
+    paths = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
+    return [{**record, "name": path.stem} for path in paths if (record := _read(path)) is not None]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    needed = {"scores", "cost", "model", "sampling", *COMPARABLE}
+    return record if isinstance(record, dict) and needed <= record.keys() else None
 
 
 def write_overview(folder: Path, record: Mapping[str, Any]) -> list[Path]:
     """table.md and the plots of quality against cost, over all evaluations that can be compared with `record`."""
-    same = [r for r in read_records(folder) if all(r[key] == record[key] for key in _COMPARABLE)]
-    rows = []
-    for each in same:
-        cost = each["cost"]
-        scores = {s["label"]: with_error(s["value"], s["error"]) for s in each["scores"]}
-        about = {"solver": each["sampling"].get("solver", each["name"]), "NFE": cost.get("nfe", "")}
-        rows.append(about | {"ms a sample": cost.get("milliseconds_per_sample", "")} | scores)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    rows = [{key: row.get(key, "") for key in columns} for row in rows]
-    rows.sort(key=lambda row: (str(row["solver"]), row["NFE"] or 0))
+    same = [r for r in read_records(folder) if all(r[key] == record[key] for key in COMPARABLE)]
+    names = names_of(same)
     written = [folder / "table.md"]
-    write_text(written[0], "\n".join([f"# {len(rows)} evaluations", "", *markdown(rows), ""]))
-    drawn = [each for each in same if each["cost"].get("nfe")]
+    write_text(written[0], "\n".join([f"# {_counted(len(same))}", "", *markdown(overview(same, names)), ""]))
     for label, name in {s["label"]: f"{s['metric']}_{s['name']}" for s in record["scores"]}.items():
-        curves = cost_curves(drawn, label)
+        curves = cost_curves(same, names, label)
         if sum(len(curve.x) for curve in curves) > 1:
-            floor = next((s["floor"] for s in record["scores"] if s["label"] == label), None)
+            # held-out data are as far from the data as perfect samples only at the same number of them
+            score = next(s for s in record["scores"] if s["label"] == label)
+            floor = score["floor"] if score["value_at_floor_n"] is None else None
             written.append(folder / f"quality_cost_{name}.png")
             save_cost_curves(written[-1], curves, label, floor)
     return written
 
 
-def cost_curves(records: Sequence[Mapping[str, Any]], label: str) -> list[CostCurve]:
-    """For each solver one number over evaluations of the network, with its errors."""
-    points: dict[str, list[tuple[float, float, float]]] = {}
-    for record in records:
+def _counted(count: int) -> str:
+    return "1 evaluation" if count == 1 else f"{count} evaluations"
+
+
+def overview(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[dict[str, str]]:
+    """A row for each way of drawing: its cost and all its numbers, of whichever evaluations."""
+    rows: dict[tuple[Any, ...], dict[str, str]] = {}
+    for record, name in zip(records, names, strict=True):
+        cost, sets = record["cost"], len(record["sampling"].get("seeds", [0]))
+        row = rows.setdefault((name, cost.get("nfe") or 0, sets), {})
+        row |= {"samples of": name, "NFE": _number(cost.get("nfe"))}
+        row |= {"ms a sample": _number(cost.get("milliseconds_per_sample")), "sets": str(sets)}
+        row |= {s["label"]: with_error(s["value"], s["error"]) for s in record["scores"]}
+    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
+    return [{key: rows[place].get(key, "") for key in columns} for place in sorted(rows)]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def names_of(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A name for each: its solver, and whatever else differs between those of the same solver besides the steps."""
+    known = [_facts(record) for record in records]
+    differing = [
+        key
+        for key in dict.fromkeys(key for facts in known for key in facts)
+        if any(
+            key in a and a["solver"] == b["solver"] and a.get(key) != b.get(key)
+            for a, b in itertools.permutations(known, 2)
+        )
+    ]
+    if len({str(facts["sde"]) for facts in known}) == len({str(facts["run"]) for facts in known}):
+        differing = [key for key in differing if key != "run"]  # the SDE tells runs apart
+    names = []
+    for facts in known:
+        rest = [_fact(key, facts[key]) for key in differing if key in facts and facts[key] is not None]
+        names.append(" ".join([*[word for word in rest if word == facts["sde"]], str(facts["solver"])]))
+        names[-1] += "".join(f", {word}" for word in rest if word != facts["sde"])
+    return names
+
+
+def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
+    model, sampling = record["model"], record["sampling"]
+    facts = {"sde": model["sde"], "run": Path(model["run"]).name, "step": model["step"], "weights": model["weights"]}
+    facts |= {key: sampling[key] for key in _FACTS if key in sampling}
+    facts["solver"] = sampling.get("solver", sampling.get("samples"))
+    return facts | {key: value for key, value in sampling.get("options", {}).items() if key != "compile"}
+
+
+def _fact(key: str, value: Any) -> str:
+    return str(value) if key in ("sde", "run") else f"{key} {_short(value)}"
+
+
+def cost_curves(records: Sequence[Mapping[str, Any]], names: Sequence[str], label: str) -> list[CostCurve]:
+    """For each way one number over evaluations of the network, with its errors; the newest of each place."""
+    points: dict[str, dict[float, tuple[float, float]]] = {}
+    for record, name in zip(records, names, strict=True):
         for each in record["scores"]:
-            if each["label"] == label and each["value"] is not None:
-                place = (float(record["cost"]["nfe"]), each["value"], each["error"] or 0.0)
-                points.setdefault(record["sampling"]["solver"], []).append(place)
-    return [CostCurve(name, *map(list, zip(*sorted(found), strict=True))) for name, found in sorted(points.items())]
+            if each["label"] == label and each["value"] is not None and record["cost"].get("nfe"):
+                found = points.setdefault(name, {})
+                found[float(record["cost"]["nfe"])] = (each["value"], each["error"] or 0.0)
+    curves = []
+    for name, found in sorted(points.items()):
+        values = [found[nfe] for nfe in sorted(found)]
+        curves.append(CostCurve(name, sorted(found), [v for v, _ in values], [e for _, e in values]))
+    return curves

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sde.data import DataInfo
+from sde.data import DataInfo, Order
 from sde.denoiser import AbstractDenoiser
-from sde.distributed import collect, is_main, own_batches
+from sde.distributed import collect, is_main, on_main, own_batches
 from sde.errors import UserError
 from sde.evaluation.extractors import Extractor
+from sde.evaluation.loader import Samples
+from sde.evaluation.reference import extract
 from sde.files import new_file
 from sde.sampling import Plan, draw_batch
 
@@ -36,41 +38,51 @@ class Described:
     Args:
         features: (n, D) float32.
         probabilities: of classes, (n, C), or None.
-        examples: the first ones as they are stored, uint8 or float32 (k, *shape).
-        nfe: network evaluations of each batch; empty for examples that were not drawn here.
+        examples: some as they are stored, uint8 or float32 (k, *shape): the first ones of those that were drawn, and
+            of a file, where they may be sorted, random ones.
+        nfe: network evaluations of a sample, the mean; None for examples that were not drawn here.
         seconds: that drawing took, of all processes together.
     """
 
     features: Tensor
     probabilities: Tensor | None
     examples: Tensor
-    nfe: tuple[int, ...] = ()
+    nfe: float | None = None
     seconds: float = 0.0
 
     def __len__(self) -> int:
         return len(self.features)
 
+    def some(self, n: int) -> Described:
+        """n of them, chosen at random by seed 0: files may be sorted."""
+        rows = Order(len(self), n, 0)(0)
+        probabilities = None if self.probabilities is None else self.probabilities[rows]
+        return Described(self.features[rows], probabilities, self.examples, self.nfe, self.seconds)
 
-def describe_all(batches: Iterable[Tensor], extractor: Extractor, keep: int) -> Described:
-    """Features of stored examples that come in batches.
+
+def describe_file(samples: Samples, extractor: Extractor, batch_size: int, keep: int) -> Described:
+    """The examples of a file, `keep` of them kept as they are; all of it in rank 0, which shares the work.
 
     Raises:
-        UserError: when there are none.
+        UserError: one is damaged.
     """
-    features: list[Tensor] = []
-    probabilities: list[Tensor] = []
-    kept: list[Tensor] = []
-    for batch in batches:
-        found = extractor(batch)
-        features.append(found.features)
-        if found.probabilities is not None:
-            probabilities.append(found.probabilities)
-        left = keep - sum(len(part) for part in kept)
-        if left > 0:
-            kept.append(batch[:left].cpu())
-    if not features:
-        raise UserError("there are no samples to evaluate: give a file or folder that has some")
-    return Described(torch.cat(features), torch.cat(probabilities) if probabilities else None, torch.cat(kept))
+    n = len(samples)
+    found = extract(extractor, samples.read, n, batch_size, "features of the samples")
+    if not is_main():
+        return _nothing()
+    kept = torch.zeros(n, dtype=torch.bool)
+    kept[Order(n, min(n, keep), 0)(0)] = True
+    parts = []
+    for start in range(0, n, batch_size):
+        rows = range(start, min(start + batch_size, n))
+        if kept[start : rows.stop].any():
+            parts.append(samples.read(rows)[kept[start : rows.stop]])
+    return Described(found.features, found.probabilities, torch.cat(parts))
+
+
+def _nothing() -> Described:
+    """What processes other than the first have."""
+    return Described(torch.empty(0, 1), None, torch.empty(0))
 
 
 class Drawn:
@@ -85,8 +97,8 @@ class Drawn:
         batch_size: at once.
         labels: class labels (n,) or None.
         keep: so many examples are kept as they are.
-        folder: where the files of done batches lie.
-        identity: everything that the samples depend on, plain values.
+        folder: the folder of the files of done batches lies in it.
+        identity: everything besides that the samples depend on, plain values.
     """
 
     def __init__(
@@ -106,45 +118,72 @@ class Drawn:
         self.n, self.labels, self.keep = n, labels, keep
         self.batches = own_batches(n, batch_size)
         text = json.dumps([identity, extractor.identity(), n, batch_size, plan.seed, keep], sort_keys=True, default=str)
-        self.folder = folder / f".{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        self.folder = folder / f".samples-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
-    def __call__(self, progress: Callable[[float], None]) -> Described:
-        """Draw what has not been drawn; rank 0 gets all of it, other processes their own part."""
-        done = 0
-        mine = max(1, sum(map(len, self.batches.values())))
-        found: dict[int, Path] = {}
-        for number, indices in self.batches.items():
-            path = self.folder / f"{indices.start:08d}-{indices.stop:08d}.safetensors"
-            if not _is_whole(path):
-                before = done
+    def draw(self, progress: Callable[[float], None]) -> None:
+        """Draw what has not been drawn of this process's batches.
 
-                def report(share: float, *_: Any, before: int = before, size: int = len(indices)) -> None:
+        Args:
+            progress: called with the share of them that is done; what it raises leaves what is done.
+
+        Raises:
+            UserError: samples are not finite.
+        """
+        done, mine = 0, max(1, sum(map(len, self.batches.values())))
+        for indices in self.batches.values():
+            if not _is_whole(self._path(indices)):
+
+                def report(share: float, *_: Any, before: int = done, size: int = len(indices)) -> None:
                     progress((before + share * size) / mine)
 
-                self._draw(indices, path, report)
+                self._draw(indices, report)
             done += len(indices)
             progress(done / mine)
-            found[number] = path
-        parts = [safetensors.torch.load_file(path) for path in collect(found)] if is_main() else []
+
+    def collected(self) -> Described:
+        """All samples, once all processes have drawn theirs, in rank 0."""
+        paths = collect({number: self._path(indices) for number, indices in self.batches.items()})
         if not is_main():
-            collect(found)
-            return Described(torch.empty(0, 1), None, torch.empty(0))
+            return _nothing()
+        parts = [safetensors.torch.load_file(path) for path in paths]
+        evaluations = sum(len(part["features"]) * float(part["cost"][0]) for part in parts)
         return Described(
             torch.cat([part["features"] for part in parts]),
             torch.cat([part["probabilities"] for part in parts]) if "probabilities" in parts[0] else None,
             torch.cat([part["examples"] for part in parts if "examples" in part]),
-            tuple(int(part["cost"][0]) for part in parts),
+            evaluations / self.n,
             sum(float(part["cost"][1]) for part in parts),
         )
 
-    def _draw(self, indices: range, path: Path, report: Callable[..., None]) -> None:
+    def kept(self) -> int:
+        """How many samples all processes have drawn so far."""
+
+        def count() -> int:
+            paths = [path for path in self.folder.glob("*.safetensors") if _is_whole(path)]
+            return sum(int(stop) - int(start) for start, stop in (path.stem.split("-") for path in paths))
+
+        return on_main(count)
+
+    def forget(self) -> None:
+        """Delete the files of the batches."""
+        if is_main():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, indices: range) -> Path:
+        return self.folder / f"{indices.start:08d}-{indices.stop:08d}.safetensors"
+
+    def _draw(self, indices: range, report: Callable[..., None]) -> None:
         label = None if self.labels is None else self.labels[indices.start : indices.stop].to(self.plan.device)
         started = time.perf_counter()
         solution = draw_batch(self.denoiser, self.plan, indices, label, report)
+        bad = int((~torch.isfinite(solution.x)).flatten(1).any(1).sum())
+        if bad:
+            raise UserError(
+                f"{bad} of samples {indices.start} to {indices.stop - 1} of seed {self.plan.seed} are not finite: the "
+                "solver is not stable with these steps, so take more of them"
+            )
         stored = self.info.decode(solution.x)
-        if stored.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started  # the search for bad ones has waited for the device
         found = self.extractor(stored)
         tensors = {"features": found.features, "cost": torch.tensor([solution.nfe, seconds], dtype=torch.float64)}
         if found.probabilities is not None:
@@ -152,13 +191,8 @@ class Drawn:
         kept = max(0, min(len(indices), self.keep - indices.start))
         if kept:
             tensors["examples"] = stored[:kept].cpu()
-        with new_file(path) as temporary:
+        with new_file(self._path(indices)) as temporary:
             safetensors.torch.save_file({name: x.cpu().contiguous().clone() for name, x in tensors.items()}, temporary)
-
-    def forget(self) -> None:
-        """Delete the files of the batches."""
-        if is_main():
-            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _is_whole(path: Path) -> bool:

@@ -8,7 +8,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sde.errors import UserError
 from sde.metrics import Metric, Sets
+
+_NAMES = {"inception": "", "dinov2": "DINOv2"}  # of features, in the names of numbers
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Held-out data in place of samples, and as many samples beside them.
+
+    Args:
+        data: the held-out data as what is generated, n of them.
+        sets: the sets of samples, n of each; None where they are no more than that already.
+    """
+
+    data: Sets
+    sets: Sequence[Sets] | None = None
 
 
 @dataclass(frozen=True)
@@ -23,9 +39,11 @@ class Scored:
         error: its standard error: of the mean over several sets, or by the jackknife over the examples of one.
         by_set: the value of each set.
         better: "lower", "higher", or the number that is best.
-        floor: the same number for as many held-out examples of the data in place of samples, or None.
+        floor: the same number for held-out examples of the data in place of samples, or None.
         floor_error: its standard error.
         floor_n: how many those were.
+        value_at_floor_n: the value of that many samples only, where there are more; or None.
+        error_at_floor_n: its standard error.
     """
 
     metric: str
@@ -38,6 +56,8 @@ class Scored:
     floor: float | None = None
     floor_error: float | None = None
     floor_n: int | None = None
+    value_at_floor_n: float | None = None
+    error_at_floor_n: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; null for numbers that it lacks."""
@@ -45,7 +65,7 @@ class Scored:
 
 
 def score(
-    name: str, metric: Metric, sets: Sequence[Sets], features: str, floor: Sets | None = None, groups: int = 10
+    name: str, metric: Metric, sets: Sequence[Sets], features: str, floor: Floor | None = None, groups: int = 10
 ) -> list[Scored]:
     """All numbers of a metric.
 
@@ -56,39 +76,55 @@ def score(
         features: what the features are called.
         floor: held-out data in place of samples; None where there are none.
         groups: of the jackknife.
+
+    Raises:
+        UserError: the samples are too few, or do not fit. Held-out data that are too few make no floor.
     """
-    values = [metric(each) for each in sets]
-    errors = metric.errors(sets[0], groups) if len(sets) == 1 else None
-    floors = metric(floor) if floor is not None else None
-    floor_errors = metric.errors(floor, groups) if floor is not None else None
+    values, errors = _measure(metric, sets, groups)
+    floors: tuple[list[dict[str, float]], dict[str, float]] | None = None
+    fewer: tuple[list[dict[str, float]], dict[str, float]] | None = None
+    if floor is not None:
+        try:
+            floors = _measure(metric, [floor.data], groups)
+            fewer = _measure(metric, floor.sets, groups) if floor.sets is not None else None
+        except UserError:
+            floors = fewer = None
     found = []
     for key in values[0]:
-        by_set = tuple(value[key] for value in values)
-        error = errors[key] if errors else statistics.stdev(by_set) / math.sqrt(len(by_set))
-        found.append(
-            Scored(
-                metric=name,
-                name=key,
-                label=label_of(metric, key, features, len(sets[0].generated)),
-                value=statistics.fmean(by_set),
-                error=error,
-                by_set=by_set,
-                better=metric.better[key],
-                floor=None if floors is None else floors[key],
-                floor_error=None if floor_errors is None else floor_errors[key],
-                floor_n=None if floor is None else len(floor.generated),
-            )
+        scored = Scored(
+            metric=name,
+            name=key,
+            label=label_of(metric, key, features, len(sets[0].generated)),
+            value=statistics.fmean(value[key] for value in values),
+            error=errors[key],
+            by_set=tuple(value[key] for value in values),
+            better=metric.better[key],
+            floor=floors[0][0][key] if floors else None,
+            floor_error=floors[1][key] if floors else None,
+            floor_n=len(floor.data.generated) if floors and floor else None,
+            value_at_floor_n=statistics.fmean(value[key] for value in fewer[0]) if fewer else None,
+            error_at_floor_n=fewer[1][key] if fewer else None,
         )
+        found.append(scored)
     return found
+
+
+def _measure(metric: Metric, sets: Sequence[Sets], groups: int) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """The numbers of each set, and the standard errors of their means."""
+    values = [metric(each) for each in sets]
+    if len(sets) == 1:
+        return values, metric.errors(sets[0], groups)
+    return values, {key: statistics.stdev(value[key] for value in values) / math.sqrt(len(values)) for key in values[0]}
 
 
 def label_of(metric: Metric, key: str, features: str, n: int) -> str:
     """A number's name with the features and the number of samples that belong to it: FID-50k, FD-random-1k, SWD-500."""
     label = metric.labels[key]
-    if metric.of == "features" and features == "inception":
-        label = label.replace("FD", "FID")
-    elif metric.of != "examples":
-        label = f"{label}-{features}"
+    if metric.of != "examples":
+        if features == "inception" and label.startswith("FD"):
+            label = "FID" + label[2:]
+        name = _NAMES.get(features, features)
+        label = f"{label}-{name}" if name else label
     return f"{label}-{thousands(n)}"
 
 
@@ -98,14 +134,19 @@ def thousands(n: int) -> str:
 
 
 def table(scores: Sequence[Scored | Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Rows of a table: label, value with its error, floor, and which way is better."""
+    """Rows of a table: label, value with its error, that of data, and which way is better."""
     rows = []
     for each in scores:
         row = each.to_dict() if isinstance(each, Scored) else each
-        floor = "" if row["floor"] is None else f"{with_error(row['floor'], row['floor_error'])} (n = {row['floor_n']})"
+        data = "" if row["floor"] is None else f"{with_error(row['floor'], row['floor_error'])} (n = {row['floor_n']})"
+        fewer = row.get("value_at_floor_n")
         better = row["better"] if isinstance(row["better"], str) else f"near {row['better']:g}"
-        value = with_error(row["value"], row["error"])
-        rows.append({"metric": row["label"], "value": value, "data themselves": floor, "better": better})
+        found = {"metric": row["label"], "value": with_error(row["value"], row["error"]), "data themselves": data}
+        found["value at their n"] = "" if fewer is None else with_error(fewer, row["error_at_floor_n"])
+        rows.append(found | {"better": better})
+    if not any(row["value at their n"] for row in rows):
+        for row in rows:
+            del row["value at their n"]
     return rows
 
 
