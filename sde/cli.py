@@ -34,7 +34,7 @@ from sde.distributed import is_main, join, leave, lost_another, printing_on_main
 from sde.errors import Fault, UserError, check_choice, suggest
 from sde.interrupting import SENTENCE, raise_again
 
-RESUMABLE = "training, ema, optimizer, schedule and logger, and preview_steps"
+RESUMABLE = "training, ema, optimizer, schedule, logger and the previews"
 Command = Callable[[dict[str, Any]], None]
 
 

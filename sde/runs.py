@@ -50,6 +50,8 @@ except ImportError:  # Windows has no fcntl
     fcntl = None  # type: ignore[assignment]
 
 RUNS = Path("runs")
+_OF_NETWORK = ("sde", "parameterization", "model")
+_OF_TRAINING = ("data", "loss", "optimizer", "ema", "training", "logger", "preview_solver")
 _HELD: set[IO[str]] = set()  # locks of this process
 
 
@@ -148,9 +150,10 @@ class Run:
         except FileNotFoundError:
             raise UserError(f"run={self.path} has no config.yaml: give the folder that training made") from None
         except Exception as error:  # a YAML error of any kind means the same to the user
-            raise UserError(f"{file} is damaged ({str(error).splitlines()[0]}): restore it or train again") from error
-        if not isinstance(config, dict):
-            raise UserError(f"{file} is damaged (it holds no settings): restore it or train again")
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{file} is damaged ({reason}): restore it (a checkpoint holds a copy)") from error
+        if not isinstance(config, dict) or not config:
+            raise UserError(f"{file} is damaged (it holds no settings): restore it (a checkpoint holds a copy)")
         return {str(key): value for key, value in config.items()}
 
     def write_beginning(self, config: Mapping[str, Any], info: DataInfo, device: torch.device) -> None:
@@ -158,6 +161,16 @@ class Run:
         write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))))
         write_json(self.path / "data.json", info.to_dict())
         write_json(self.path / "environment.json", environment(device))
+
+
+def lacking(config: Mapping[str, Any]) -> str | None:
+    """The first section that a run's configuration lacks; None for a whole one.
+
+    That of a run made from a foreign network describes the network and no training.
+    """
+    trained = any(name in config for name in (*_OF_TRAINING, "preview_steps"))
+    wanted = (*_OF_NETWORK, *(_OF_TRAINING if trained else ()))
+    return next((name for name in wanted if not isinstance(config.get(name), Mapping)), None)
 
 
 def _lock(handle: IO[str]) -> None:

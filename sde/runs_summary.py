@@ -2,7 +2,7 @@
 
     running    another process holds the run's lock
     finished   the newest checkpoint has made all the steps that the configuration asks for
-    stopped    it has not: `python -m sde.train resume=RUN` goes on
+    stopped    it has not, or config.yaml is damaged: `python -m sde.train resume=RUN` goes on
     empty      there is no checkpoint
 
 A run is a folder with a config.yaml and a data.json. Nothing below a run is looked at for further runs, links to
@@ -26,7 +26,7 @@ import yaml
 from sde.config import path_of
 from sde.errors import UserError, suggest
 from sde.registry import Registry
-from sde.runs import Run
+from sde.runs import Run, lacking
 from sde.training.checkpoint import list_checkpoints
 
 STATES = ("running", "finished", "stopped", "empty")
@@ -77,6 +77,12 @@ class Summary:
             return {}
         return config if isinstance(config, dict) else {}
 
+    @property
+    def damage(self) -> str | None:
+        """What is wrong with config.yaml; None if nothing is."""
+        missing = lacking(self.config)
+        return None if missing is None else f"it has no {missing}" if self.config else "it cannot be read"
+
     @cached_property
     def checkpoint(self) -> int | None:
         """The step of the newest checkpoint."""
@@ -97,9 +103,8 @@ class Summary:
             return "running"
         if self.checkpoint is None:
             return "empty"
-        wanted = self.steps if self.config else None
-        ended = wanted is None or self.checkpoint >= wanted
-        return "finished" if ended and self.config else "stopped"
+        ended = self.damage is None and (self.steps is None or self.checkpoint >= self.steps)
+        return "finished" if ended else "stopped"
 
     @cached_property
     def step(self) -> int:

@@ -68,7 +68,12 @@ def runs(config: dict[str, Any]) -> None:
         return
     chosen.sort(key=SORTS[config["sort"]])
     check_metric(chosen)
-    print(listed(chosen[: config["n"]], len(found), config["format"]))
+    shown = chosen[: config["n"]]
+    print(listed(shown, len(found), config["format"]))
+    for run in shown:
+        if run.damage is not None and run.checkpoint is not None:
+            file = run.run.path / "config.yaml"
+            print(f"warning: {file} is damaged ({run.damage}): a checkpoint holds a copy", file=sys.stderr)
 
 
 def check_options(config: Mapping[str, Any]) -> None:

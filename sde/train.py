@@ -60,8 +60,8 @@ def train(config: dict[str, Any]) -> None:
     run = Run(as_written(Path(share(str(Path(output_dir()).resolve())))))
     automatic = config.get("resume") == "auto"
     with contextlib.ExitStack() as stack:
-        settled, resumed = on_main(lambda: settle(run, config))
         on_main(lambda: stack.enter_context(run.locked()))
+        settled, resumed = on_main(lambda: settle(run, config))
         train_run(run, settled, resumed, automatic)
 
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
-from sde.cli import RESUMABLE, argument, choices, in_quotes, task_overrides
+from sde.cli import RESUMABLE, argument, choices, group_file, in_quotes, task_overrides
 from sde.distributed import (
     is_main,
     on_main,
     remembered,
 )
 from sde.errors import UserError
-from sde.runs import Run, find_run
+from sde.runs import Run, find_run, lacking
 from sde.training.checkpoint import (
     list_checkpoints,
     load_checkpoint,
@@ -27,6 +29,7 @@ from sde.training.loop import Trainer
 from sde.training.options import TrainingOptions
 
 _SECTIONS = ("training", "ema", "optimizer", "schedule", "logger", "preview_solver", "preview_steps")  # may change
+_HARMLESS = re.compile(r"\..*|multirun\.yaml|slurm-.*|.*\.(log|out|err)|logs|wandb")  # beside which a run may begin
 
 
 def choose_folder() -> None:
@@ -71,42 +74,130 @@ def as_written(folder: Path) -> Path:
 
 
 def settle(run: Run, config: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """The configuration to train with, and whether the run goes on.
+    """The configuration to train with, and whether the run goes on; to be asked for with the run's lock held.
 
     Raises:
-        UserError: when the folder holds a run and none was to be resumed, or what was asked for cannot change.
+        UserError: when the folder holds a run and none was to be resumed, or something else than a run, or what was
+            asked for cannot change.
     """
     wanted = config.pop("resume", None)
     known = bool(list_checkpoints(run.checkpoints))
     if wanted is None and known:
         raise UserError(f"{run.path} holds a run already: use resume={run.path}, resume=auto, or another hydra.run.dir")
-    if wanted == "auto":
-        return (same_run(run, config), True) if known else (config, False)
-    return (config, False) if wanted is None else (resumed_config(run), True)
+    if wanted is None or (wanted == "auto" and not known):
+        check_free(run)
+        return config, False
+    return (same_run(run, config) if wanted == "auto" else resumed_config(run)), True
+
+
+def check_free(run: Run) -> None:
+    """Raise `UserError` where a run is to begin among files that no run has written."""
+    if is_begun(run):
+        return
+    names = sorted(path.name for path in run.path.iterdir() if not _HARMLESS.fullmatch(path.name))
+    if names:
+        some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise UserError(f"{run.path} is no run and holds {some}: choose another hydra.run.dir, such as a new folder")
+
+
+def is_begun(run: Run) -> bool:
+    """Whether a training has begun in the folder, which may have ended before its first checkpoint."""
+    if all((run.path / name).is_file() for name in ("config.yaml", "data.json", "environment.json")):
+        return True
+    try:
+        return lacking(run.config()) is None
+    except UserError:
+        return False
+
+
+def own_config(run: Run) -> dict[str, Any]:
+    """The configuration of a run; the copy in its newest checkpoint where config.yaml is damaged, which is said.
+
+    Raises:
+        UserError: when that cannot be read either.
+    """
+    try:
+        config = run.config()
+        missing = lacking(config)
+        if missing is not None:
+            file = run.path / "config.yaml"
+            raise UserError(f"{file} is damaged (it has no {missing}): restore it (a checkpoint holds a copy)")
+    except UserError as error:
+        damage = str(error).rpartition(": ")[0]
+        try:
+            checkpoint = load_newest(run.checkpoints)
+        except UserError:
+            raise error from None
+        config = checkpoint.content["config"]
+        if lacking(config) is not None:
+            raise
+        print(f"warning: {damage}: taking the copy in {checkpoint.path}", file=sys.stderr)
+    return with_new_options(config)
 
 
 def resumed_config(run: Run) -> dict[str, Any]:
-    """The run's own configuration with this command's overrides, which may concern how it is trained and no more."""
-    config = with_new_options(run.config())
-    groups = choices()
-    for override in task_overrides():
-        override = override.lstrip("+")
-        key, _, value = override.partition("=")
-        if key in ("resume", "plugins") or key.startswith("hydra"):
-            continue
-        if key in groups or not key.startswith(("training.", "ema.", "optimizer.", "schedule.", "logger.", "preview_")):
+    """The run's own configuration with this command's overrides, which may concern how it is trained and no more.
+
+    Raises:
+        UserError: when one of them cannot change.
+    """
+    own = own_config(run)
+    config, chosen = dict(own), choices()
+    words = [word.lstrip("+") for word in task_overrides()]
+    words = [word for word in words if word.partition("=")[0] not in ("resume", "plugins")]
+    options = []
+    for word in words:
+        key = word.partition("=")[0]
+        group, _, section = key.partition("@")
+        section = section or group
+        if key in chosen and section in _SECTIONS:
+            config[section] = group_file(group, chosen[key])
+        elif key in chosen or section.partition(".")[0] not in _SECTIONS:
             raise UserError(
-                f"{override} cannot change in the middle of a run, where only the options of {RESUMABLE} can: "
+                f"{word} cannot change in the middle of a run, where only the options of {RESUMABLE} can: "
                 "leave it out, or train a new run"
             )
-        settings = OmegaConf.create(config)
-        OmegaConf.set_struct(settings, True)
-        if OmegaConf.select(settings, key, default=...) is ...:
-            raise UserError(f"{override}: {run.path / 'config.yaml'} has no option {key}")
-        OmegaConf.update(settings, key, OmegaConf.from_dotlist([f"v={value}"])["v"])
-        assert isinstance(settings, DictConfig)
-        config = {str(k): v for k, v in OmegaConf.to_container(settings).items()}  # type: ignore[union-attr]
+        else:
+            options.append(word)
+    config = with_options(config, options, run)
+    found = changed_identity(config, own)
+    if found is not None:
+        name, wanted, before = found
+        raise UserError(
+            f"{name}={wanted} cannot change in the middle of a run, which has {before}: "
+            "leave it out, or train a new run"
+        )
     return config
+
+
+def with_options(config: dict[str, Any], words: Sequence[str], run: Run) -> dict[str, Any]:
+    """A configuration with the values of overrides such as training.steps=9.
+
+    Raises:
+        UserError: for an option that it has not.
+    """
+    settings, parser = OmegaConf.create(config), OverridesParser.create()
+    OmegaConf.set_struct(settings, True)
+    for word in words:
+        key = word.partition("=")[0]
+        if OmegaConf.select(settings, key, default=...) is ...:
+            raise UserError(f"{word}: {run.path / 'config.yaml'} has no option {key}")
+        OmegaConf.update(settings, key, parser.parse_override(word).value())
+    return {str(k): v for k, v in OmegaConf.to_container(settings).items()}  # type: ignore[union-attr]
+
+
+def changed_identity(config: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """What differs although it is part of what a run is, in a section that may change: option, value wanted, own value.
+
+    The numbers that an optimizer keeps are those of its kind, and the seed decides what every step draws.
+    """
+    for section, option in (("optimizer", "_target_"), ("training", "seed")):
+        wanted, before = (
+            node.get(option) if isinstance(node := each.get(section), Mapping) else node for each in (config, own)
+        )
+        if wanted != before:
+            return f"{section}.{option}", wanted, before
+    return None
 
 
 def with_new_options(config: dict[str, Any]) -> dict[str, Any]:
@@ -122,15 +213,15 @@ def same_run(run: Run, config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: when `config` differs from the run's own in any other.
     """
-    own = with_new_options(run.config())
-    for key, value in config.items():
-        found = None if key in _SECTIONS else first_difference(key, value, own.get(key))
+    own = own_config(run)
+    settings = {**own, **{key: config[key] for key in _SECTIONS if key in config}}
+    others = (first_difference(key, value, own.get(key)) for key, value in config.items() if key not in _SECTIONS)
+    for found in (*others, changed_identity(settings, own)):
         if found is not None:
             raise UserError(
                 f"resume=auto: {run.path} holds a run with {found[0]}={found[2]} and not {found[1]}: give the same "
                 "options as before, or another hydra.run.dir"
             )
-    settings = {**own, **{key: config[key] for key in _SECTIONS if key in config}}
     if settings["training"]["batch_size"] == "auto":
         settings["training"] = {**settings["training"], "batch_size": own["training"]["batch_size"]}
     return settings

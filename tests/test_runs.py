@@ -31,6 +31,7 @@ CONFIG: dict[str, Any] = {
     "model": {"_target_": "sde.models.mlp.MLP", "width": 16},
     "data": {"_target_": "sde.data.toy2d.Moons", "noise": 0.1},
     "training": {"steps": 100, "seed": 0},
+    **{name: {} for name in ("parameterization", "loss", "optimizer", "ema", "logger", "preview_solver")},
 }
 
 
