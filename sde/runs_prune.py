@@ -1,7 +1,8 @@
 """Room on the disk: old checkpoints, runs that never got one, and runs that nobody needs any more.
 
 Nothing goes unless `yes=true` is given. What is being trained is left alone (its lock is held), and so is whatever is
-no run, lies outside the folder of runs, or is reached through a link. A run is renamed to a hidden `.trash-...` before
+no run, lies outside the folder of runs, or is reached through a link. A run without a checkpoint stays where there is a
+file in it that training does not write, unless it is named. A run is renamed to a hidden `.trash-...` before
 its files are deleted one by one: a removal that is interrupted leaves nothing that looks like a run, and the next one
 finishes it.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +24,12 @@ from sde.runs_summary import Summary, bytes_below, named_run, readable_age, read
 from sde.training.checkpoint import list_checkpoints
 
 TRASH = ".trash-"
+_TRASH = re.compile(re.escape(TRASH) + r".+-[0-9a-f]{8}")  # of this command; others have hidden folders too
+_BEGINNING = r"(config\.yaml|data\.json|environment\.json|metrics\.jsonl)"
+_WRITTEN = re.compile(  # what a training writes that has not come to a checkpoint, or was killed as it wrote
+    rf"{_BEGINNING}|\.{_BEGINNING}\..*|\.lock|checkpoints/\.step-.*|previews/\.?step-.*|ema/\.?snapshot-.*"
+    r"|wandb-(id|step)\.txt|(wandb|\.hydra)/.*"
+)
 _RECENT = 3600.0  # seconds without a line of metrics after which a run that has a lock file counts as dead
 
 
@@ -34,12 +42,14 @@ class Removal:
         paths: files of a run; or one folder, which is the run or what an interrupted removal left of one.
         size: their bytes.
         run: whose lock is held meanwhile; None for what is left of one.
+        unused: whether it goes because there is nothing in it that is of use.
     """
 
     text: str
     paths: tuple[Path, ...]
     size: int
     run: Summary | None = None
+    unused: bool = False
 
 
 def prune(root: Path, found: Sequence[Summary], chosen: Sequence[Summary], config: Mapping[str, Any]) -> None:
@@ -86,13 +96,13 @@ def planned(found: Sequence[Summary], chosen: Sequence[Summary], config: Mapping
     else:
         raise UserError(f"prune={rule!r} is no rule: it is checkpoints, empty, or a list of runs as in prune=[RUN,RUN]")
     for run in candidates:
-        reason = why_left(run)
+        reason = why_left(run) or (why_used(run) if rule == "empty" else None)
         if reason is not None:
             print(f"left {run.name}: {reason}")
         elif rule == "checkpoints":
             yield checkpoints_of(run, config["keep"])
         else:
-            yield whole(run)
+            yield whole(run, unused=rule == "empty")
 
 
 def why_left(run: Summary) -> str | None:
@@ -106,6 +116,22 @@ def why_left(run: Summary) -> str | None:
     if run.run.checkpoints.is_symlink():
         return "its checkpoints are a link to somewhere else"
     return None
+
+
+def why_used(run: Summary) -> str | None:
+    """Why a run without a checkpoint may be of use; None if it is not."""
+    names = others(run.run.path)
+    some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"it holds more than what a run without a checkpoint is made of: {some}" if names else None
+
+
+def others(folder: Path) -> list[str]:
+    """What lies in a run's folder that a training which has not come to a checkpoint does not write; links too."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        found += [Path(place, name).relative_to(folder).as_posix() for name in (*links, *files)]
+    return sorted(name for name in found if not _WRITTEN.fullmatch(name))
 
 
 def old_checkpoints(run: Summary, keep: int) -> list[tuple[int, Path]]:
@@ -123,17 +149,17 @@ def checkpoints_of(run: Summary, keep: int) -> Removal:
     return Removal(text, tuple(path for _, path in old), sum(path.stat().st_size for _, path in old), run)
 
 
-def whole(run: Summary) -> Removal:
+def whole(run: Summary, unused: bool) -> Removal:
     """A run with all that is in it."""
     at = f"{run.state}, step {run.step}" + (f" of {run.steps}" if run.steps is not None else "")
-    return Removal(f"the run {run.name} ({at})", (run.run.path,), run.size, run)
+    return Removal(f"the run {run.name} ({at})", (run.run.path,), run.size, run, unused)
 
 
 def left_over(root: Path) -> list[Removal]:
     """What removals that were interrupted have left."""
     found = []
     for folder, names, _ in os.walk(root):
-        trash = [Path(folder, name) for name in names if name.startswith(TRASH)]
+        trash = [Path(folder, name) for name in names if _TRASH.fullmatch(name)]
         is_run = os.path.exists(os.path.join(folder, "config.yaml"))
         names[:] = [] if is_run else [name for name in names if not name.startswith(".")]
         found += [
@@ -164,6 +190,8 @@ def remove(root: Path, removal: Removal) -> bool:
                 file.unlink(missing_ok=True)
             return True
         if removal.run.checkpoint is None and list_checkpoints(removal.run.run.checkpoints):
+            return False
+        if removal.unused and others(path):
             return False
         trash = path.with_name(f"{TRASH}{path.name}-{secrets.token_hex(4)}")
         path.rename(trash)

@@ -403,6 +403,65 @@ def test_empty_runs_go_and_the_folders_that_held_nothing_else(four: Path) -> Non
     assert (four / "runs" / "day" / "c_stopped" / "config.yaml").is_file()
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "thesis.txt",
+        "config.yaml.bak",
+        "samples/heun-18-seed0/samples.npz",
+        "checkpoints/step-00000020.damaged",
+        "checkpoints/mine.pt",
+        "previews/mine.png",
+        ".notes",
+    ],
+)
+def test_a_run_without_a_checkpoint_stays_with_files_that_no_training_writes(name: str, tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    for run in ("a/r", "a/s"):
+        path = make_run(root, run)
+        written = (
+            "checkpoints/.step-00000005.pt.1.ab",
+            "wandb-id.txt",
+            "previews/step-00000004.png",
+            "wandb/x/y",
+            ".config.yaml.7.c",
+        )
+        for file in (*written, "ema/snapshot-00000004.safetensors", *([name] if run == "a/r" else [])):
+            (path / file).parent.mkdir(parents=True, exist_ok=True)
+            (path / file).write_text("x")
+    before = everything(root / "a" / "r")
+    for option in ([], ["yes=true"]):
+        done = runs(tmp_path, "prune=empty", *option)
+        assert done.code == 0, done.err
+        assert f"left a/r: it holds more than what a run without a checkpoint is made of: {name}\n" in done.out
+        assert f"{'removed' if option else 'would remove'} the run a/s" in done.out
+    assert everything(root / "a" / "r") == before
+    assert not (root / "a" / "s").exists()
+
+
+def test_a_file_that_comes_in_between_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_run(tmp_path / "runs", "r")
+    whole = sde.runs_prune.whole
+
+    def late(*arguments: Any, **named: Any) -> Any:
+        (path / "thesis.txt").write_text("done")
+        return whole(*arguments, **named)
+
+    monkeypatch.setattr(sde.runs_prune, "whole", late)
+    assert "somebody has begun to use it" in runs(tmp_path, "prune=empty", "yes=true").out
+    assert (path / "thesis.txt").read_text() == "done"
+
+
+def test_hidden_folders_of_others_are_no_rest_of_a_removal(four: Path) -> None:
+    for name in (".trash-mine", ".trash-1000", ".trash-a-0123456", ".trash-a-0123456g"):
+        (four / "runs" / name).mkdir()
+        (four / "runs" / name / "precious").touch()
+    before = everything(four)
+    assert ".trash" not in runs(four, "prune=checkpoints").out
+    runs(four, "prune=[c_stopped]", "yes=true")
+    assert {k for k in before if ".trash" in k} == {k for k in everything(four) if ".trash" in k}
+
+
 def test_the_last_run_leaves_the_folder_of_runs(tmp_path: Path) -> None:
     make_run(tmp_path / "runs", "a/b/r")
     assert runs(tmp_path, "prune=empty", "yes=true").code == 0
@@ -480,7 +539,9 @@ def test_nothing_outside_the_folder_of_runs_goes(four: Path) -> None:
         assert refused.code == 2
         assert "is none of the" in refused.sentence
     (r / "checkpoints").unlink()
-    assert runs(four, "prune=empty", "yes=true").code == 0
+    kept_for_it = runs(four, "prune=empty", "yes=true")
+    assert "left day/linked: it holds more than what a run without a checkpoint is made of: samples" in kept_for_it.out
+    assert runs(four, "prune=[day/linked]", "yes=true").code == 0
     assert not r.exists()
     assert (everything(outside), everything(elsewhere)) == before
 
