@@ -302,7 +302,9 @@ def train_classifier(
     initialize(network, draws)
     network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(network.parameters(), lr=options.lr, weight_decay=0.01)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=steps + 1, pct_start=0.2)
+    # of fewer steps than six the scheduler divides by the length of a warm-up that has none
+    total = max(steps + 1, 6)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=total, pct_start=0.2)
     with exactly(device), progress_bar(steps, unit="step", desc="training the classifier") as bar:
         for step in range(steps):
             indices = order(step)
