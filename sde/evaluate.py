@@ -376,7 +376,7 @@ def diagnosed(task: Task) -> list[Diagnostic]:
     if not task.asked.names:
         return []
     with watched("diagnostics", task.asked.examples) as progress:
-        return task.asked(task.model.denoiser, task.dataset, task.device, progress)
+        return task.asked(task.model.denoiser, task.dataset, task.labeled, task.device, progress)
 
 
 # Scores

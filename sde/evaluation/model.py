@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sde.data import Dataset, Order
 from sde.data.base import check_whole
-from sde.denoiser import AbstractDenoiser, Denoiser, GaussianMixtureDenoiser
+from sde.denoiser import AbstractDenoiser, GaussianMixtureDenoiser
 from sde.errors import UserError, check_choice
 from sde.evaluation.diagnostics import Diagnostic, curl, denoising_error, fokker_planck, score_error
 from sde.evaluation.empirical import EmpiricalDenoiser
@@ -64,20 +64,20 @@ class Asked:
             check_whole("diagnostics_options.probes", self.probes, at_least=2)
 
     def __call__(
-        self, denoiser: Denoiser, dataset: Dataset, device: torch.device, progress: Progress
+        self, denoiser: AbstractDenoiser, dataset: Dataset, labeled: bool, device: torch.device, progress: Progress
     ) -> list[Diagnostic]:
         """Ask all, in every process; they share the examples.
 
         Args:
             denoiser: the model.
             dataset: its data.
+            labeled: whether it is told classes.
             device: where it is.
             progress: told of the share of everything that is done.
 
         Raises:
             UserError: the data or the network do not have what is asked for.
         """
-        labeled = bool(getattr(denoiser.network, "num_classes", 0))
         found = []
         for k, name in enumerate(self.names):
 
@@ -88,7 +88,13 @@ class Asked:
         return found
 
     def _ask(
-        self, name: str, denoiser: Denoiser, dataset: Dataset, labeled: bool, device: torch.device, progress: Progress
+        self,
+        name: str,
+        denoiser: AbstractDenoiser,
+        dataset: Dataset,
+        labeled: bool,
+        device: torch.device,
+        progress: Progress,
     ) -> Diagnostic:
         common: dict[str, Any] = {"levels": self.levels, "repeats": self.repeats, "seed": self.seed}
         common |= {"batch_size": self.batch_size, "progress": progress}
@@ -115,7 +121,7 @@ class Asked:
         labels = found.labels[rows].to(device) if labeled and found.labels is not None else None
         return dataset.info.encode(found.values[rows].to(device)), labels
 
-    def _exact(self, denoiser: Denoiser, dataset: Dataset, labeled: bool) -> AbstractDenoiser:
+    def _exact(self, denoiser: AbstractDenoiser, dataset: Dataset, labeled: bool) -> AbstractDenoiser:
         """The exact score of the data's law where that is known, otherwise of the training examples."""
         mixture = getattr(dataset, "mixture", None)
         if mixture is not None and not labeled:
