@@ -138,7 +138,8 @@ def draw_map(levels: Levels) -> Markup:
     scale = _encode(_colors(np.linspace(1, 0, 64))[:, None])
     parts.append(element("image", href=scale, x=bar, y=4, width=10, height=box_height, preserveAspectRatio="none"))
     for value, y in ((high, 13), (low, box_height + 3)):
-        parts.append(element("text", f"{value:.2g}", class_="scale", x=bar + 14, y=y))
+        text = f"{value:.2g}" if abs(value) >= 1e-3 else f"{value:.1e}".replace("e-0", "e-")
+        parts.append(element("text", text, class_="scale", x=bar + 14, y=y))
     return element(
         "svg", *parts, viewBox=f"0 0 {width} {height}", role="img", class_="map",
         aria_label=f"{levels.name} by log SNR over {len(levels.steps)} steps, from {low:.3g} to {high:.3g}",
