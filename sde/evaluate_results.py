@@ -172,7 +172,10 @@ def weights_hash(model: Model) -> str:
 def describe_data(task: Task) -> dict[str, Any]:
     """The data, and what becomes of a network's output before it is compared with them."""
     info = task.info
-    own = dict(task.model.checkpoint.content["config"].get("data") or {}) | dict(task.config["data"])
+    changes = dict(task.config["data"])
+    own = (
+        changes if "_target_" in changes else {**(task.model.checkpoint.content["config"].get("data") or {}), **changes}
+    )
     options = {key: value for key, value in own.items() if key not in ("_target_", "root", "path", "download")}
     found = {"data": info.name, "kind": info.kind, "shape": list(info.shape), "options": options}
     if info.kind == "pixels":
