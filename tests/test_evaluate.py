@@ -240,6 +240,7 @@ def test_points_in_the_plane(point_run: Path, tmp_path: Path) -> None:
     assert {each["metric"] for each in record["scores"]} == {"wasserstein", "grid_kl", "energy", "swd", "c2st"}
     assert record["features"]["features"] == "none"
     assert all(each["floor"] is not None for each in record["scores"])
+    assert "| data themselves |" in (tmp_path / "o" / "table.md").read_text()
     assert (tmp_path / "o" / next(iter(record["pictures"]))).is_file()
 
 
@@ -345,6 +346,7 @@ def test_a_sweep_makes_a_table_and_curves(pixel_run: Path) -> None:
     table = (folder / "table.md").read_text()
     assert "heun, denoise no" in table
     assert "heun, denoise yes" in table
+    assert "data themselves" not in table  # held-out data are fewer than the samples
 
 
 # Going on

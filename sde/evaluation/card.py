@@ -203,9 +203,8 @@ def write_overview(folder: Path, record: Mapping[str, Any]) -> list[Path]:
     for label, name in {s["label"]: f"{s['metric']}_{s['name']}" for s in record["scores"]}.items():
         curves = cost_curves(same, names, label)
         if sum(len(curve.x) for curve in curves) > 1:
-            # held-out data are as far from the data as perfect samples only at the same number of them
             score = next(s for s in record["scores"] if s["label"] == label)
-            floor = score["floor"] if score["value_at_floor_n"] is None else None
+            floor = score["floor"] if _level(score) else None
             written.append(folder / f"quality_cost_{name}.png")
             save_cost_curves(written[-1], curves, label, floor)
     return written
@@ -225,7 +224,14 @@ def overview(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list
         row |= {"ms a sample": _number(cost.get("milliseconds_per_sample")), "sets": str(sets)}
         row |= {s["label"]: with_error(s["value"], s["error"]) for s in record["scores"]}
     columns = list(dict.fromkeys(key for row in rows.values() for key in row))
-    return [{key: rows[place].get(key, "") for key in columns} for place in sorted(rows)]
+    floors = {s["label"]: with_error(s["floor"], s["floor_error"]) for r in records for s in r["scores"] if _level(s)}
+    last = [{"samples of": "data themselves", **floors}] if floors else []
+    return [{key: row.get(key, "") for key in columns} for row in [*(rows[place] for place in sorted(rows)), *last]]
+
+
+def _level(score: Mapping[str, Any]) -> bool:
+    """Whether the floor of a number is of as many examples as the number itself, so that the two can be compared."""
+    return score["floor"] is not None and score["value_at_floor_n"] is None
 
 
 def _number(value: float | None) -> str:
