@@ -200,7 +200,8 @@ def write_overview(folder: Path, record: Mapping[str, Any]) -> list[Path]:
     names = names_of(same)
     written = [folder / "table.md"]
     write_text(written[0], "\n".join([f"# {_counted(len(same))}", "", *markdown(overview(same, names)), ""]))
-    for label, name in {s["label"]: f"{s['metric']}_{s['name']}" for s in record["scores"]}.items():
+    shown = [s for s in record["scores"] if not s["name"].endswith("_std")]  # spreads of subsets are no quality
+    for label, name in {s["label"]: f"{s['metric']}_{s['name']}" for s in shown}.items():
         curves = cost_curves(same, names, label)
         if sum(len(curve.x) for curve in curves) > 1:
             score = next(s for s in record["scores"] if s["label"] == label)
