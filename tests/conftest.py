@@ -1,8 +1,12 @@
-"""One thread per test process: the suite runs in parallel, and bit-for-bit tests depend on the number of threads."""
+"""One thread per test process: the suite runs in parallel, and bit-for-bit tests depend on the number of threads.
+
+Tests send themselves and others Ctrl-C, which a shell lets its background jobs ignore: here it is heard again.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +16,8 @@ import torch
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -58,7 +58,7 @@ def options(group: str, name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", sorted({registry.kind for registry in Registry.all if len(registry)}))
 def test_every_registered_name_has_a_file(kind: str) -> None:
-    names = {name for registry in Registry.all if registry.kind == kind for name in registry}
+    names = {name for group, name, _ in FILES if group == kind}  # those of plugins of other tests left out
     assert names <= {path.stem for path in (conf_dir() / kind).glob("*.yaml")}
 
 

@@ -56,11 +56,18 @@ def test_one_after_the_other_with_the_flag_anywhere(tmp_path: Path) -> None:
     assert sorted(path.name[:2] for path in sweep.iterdir()) == ["0_", "2_", "mu"]  # what failed left nothing
 
 
+def installed(package: str) -> bool:
+    """Whether a launcher of Hydra is there; without any, the package that holds them is not either."""
+    return importlib.util.find_spec("hydra_plugins") is not None and (
+        importlib.util.find_spec(f"hydra_plugins.{package}") is not None
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_jobs_in_other_processes(launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What they trained is there, and what failed comes back with its sentence."""
-    if importlib.util.find_spec(f"hydra_plugins.{LAUNCHERS[launcher]}") is None:
+    if not installed(LAUNCHERS[launcher]):
         pytest.skip(f"{LAUNCHERS[launcher]} is not installed")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -196,7 +203,7 @@ def test_the_commands_of_the_document_can_be_composed(module: str, words: tuple[
     launchers = [word.partition("=")[2] for word in words if word.startswith("hydra/launcher=")]
     for launcher in launchers:
         package = "hydra_submitit_launcher" if launcher.startswith("submitit") else LAUNCHERS[launcher]
-        if importlib.util.find_spec(f"hydra_plugins.{package}") is None:
+        if not installed(package):
             pytest.skip(f"{package} is not installed")
     overrides = []
     for word in words:
