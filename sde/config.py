@@ -237,7 +237,7 @@ def _with_fitting_data(config: DictConfig) -> DictConfig:
 
 
 def closest_key(key: str, config: Mapping[str, Any]) -> tuple[list[str], str | None]:
-    """The keys that exist beside a misspelt dotted `key`, and the most similar key of the whole configuration."""
+    """The keys that exist where a misspelt dotted `key` goes wrong, and the most similar one of the configuration."""
 
     def keys(node: Any, prefix: str) -> list[str]:
         if not isinstance(node, Mapping):
@@ -249,7 +249,9 @@ def closest_key(key: str, config: Mapping[str, Any]) -> tuple[list[str], str | N
     node: Any = config
     parts = key.split(".")
     for part in parts[:-1]:
-        node = node.get(part, {}) if isinstance(node, Mapping) else {}
+        if isinstance(node, Mapping) and part not in node:
+            break
+        node = node[part] if isinstance(node, Mapping) else {}
     beside = [str(k) for k in node if k not in ("hydra", "_target_")] if isinstance(node, Mapping) else []
     elsewhere = [name for name in everything if name.rpartition(".")[2] == parts[-1]]
     return beside, closest(key, everything) or (elsewhere[0] if len(elsewhere) == 1 else None)

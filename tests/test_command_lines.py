@@ -261,6 +261,7 @@ MISTAKES = [
     ("sde.train", ["sde=vpp"], ["sde=vpp", "cosine, edm, rectified_flow, subvp, ve, vp", "did you mean 'vp'"]),
     ("sde.train", ["model=unet"], ["model=unet", "ncsnpp"]),
     ("sde.train", ["training.stepz=5"], ["'training.stepz'", "did you mean 'training.steps'"]),
+    ("sde.train", ["trainig.steps=5"], ["'trainig.steps'", "there are conditional, ", "did you mean 'training.steps'"]),
     ("sde.train", ["data=moons", "data.nois=1"], ["'data.nois'", "did you mean 'data.noise'"]),
     ("sde.train", ["training.steps"], ["training.steps", "key=value"]),
     ("sde.train", ["training.steps=abc"], ["training.steps='abc'", "whole number"]),
