@@ -26,10 +26,12 @@ from sde.commands import (
     describe_way,
     open_model,
     run_dataset,
+    was_dequantized,
     watched,
 )
 from sde.config import build
 from sde.data import DataInfo, Order
+from sde.density.likelihood import Likelihood, check_arithmetic
 from sde.devices import autocast, pick_device
 from sde.distributed import any_signal, is_main, on_main
 from sde.errors import UserError, check_choice, check_number
@@ -37,6 +39,7 @@ from sde.evaluate_results import Against, Found, Task, describe, note, print_tab
 from sde.evaluation.diagnostics import Diagnostic
 from sde.evaluation.extractors import EXTRACTORS, Extractor, chosen_for
 from sde.evaluation.gaussian import ToGaussian
+from sde.evaluation.likelihood import TrainAndTest, likelihood_of
 from sde.evaluation.loader import load_samples
 from sde.evaluation.model import Asked
 from sde.evaluation.reference import (
@@ -49,6 +52,7 @@ from sde.evaluation.reference import (
 )
 from sde.evaluation.samples import Described, Drawn, describe_file
 from sde.evaluation.scores import Floor, Scored, score
+from sde.evaluation.torchscript import SUFFIXES
 from sde.metrics import METRICS, Metric, Sets
 from sde.progress import progress_bar
 from sde.sampling import Plan, denoised_at_the_end, make_times
@@ -75,11 +79,17 @@ def add_features() -> None:
     words = []
     for word in sys.argv[1:]:
         key, _, value = word.partition("=")
-        is_file = key == "features" and ("/" in value or value.endswith(".safetensors"))
-        words += ["features=module", f"features.path={value}"] if is_file else [word]
-    if any(word.startswith("features.path=") for word in words) and not any(w.startswith("features=") for w in words):
-        words.append("features=module")
+        is_file = key == "features" and ("/" in value or Path(value).suffix in (".safetensors", ".pt2", *SUFFIXES))
+        words += [f"features={reader_of(value)}", f"features.path={value}"] if is_file else [word]
+    given = [word.partition("=")[2] for word in words if word.startswith("features.path=")]
+    if given and not any(word.startswith("features=") for word in words):
+        words.append(f"features={reader_of(given[-1])}")
     sys.argv[1:] = words
+
+
+def reader_of(path: str) -> str:
+    """The extractor that reads such a file."""
+    return "torchscript" if Path(path).suffix in SUFFIXES else "module"
 
 
 def evaluate(config: dict[str, Any]) -> None:
@@ -91,12 +101,12 @@ def evaluate(config: dict[str, Any]) -> None:
     folder = task.model.run.path / "evaluations" if config["out"] is None else Path(str(config["out"])).expanduser()
     against = references(task)
     drawn, sampling, sources = samples_of(task, folder)
-    diagnostics = diagnosed(task)
+    diagnostics, likelihood = diagnosed(task), likelihoods(task)
     if not is_main():
         return
     started = time.perf_counter()
     scores = all_scores(task, drawn, against)
-    found = Found(drawn, sampling, scores, diagnostics, time.perf_counter() - started)
+    found = Found(drawn, sampling, scores, diagnostics, likelihood, time.perf_counter() - started)
     record = describe(task, against, found)
     written = write_all(task, record, found, folder)
     print_table(record)
@@ -158,8 +168,12 @@ def make_task(config: Mapping[str, Any], device: torch.device) -> Task:
     held_out = bool(len(dataset.split("test")))
     for name in names:
         check_suits(name, model.info, extractor, held_out)
+    task = Task(config, model, dataset, extractor, {name: metrics[name] for name in names}, asked, device)
+    if asked.likelihood:
+        check_arithmetic(config["precision"], config["compile"])
+        compared(task)
     extractor.prepare(dataset, device)
-    return Task(config, model, dataset, extractor, {name: metrics[name] for name in names}, asked, device)
+    return task
 
 
 def wanted_metrics(config: Mapping[str, Any]) -> tuple[list[str] | None, str | None]:
@@ -373,10 +387,32 @@ def without_infinities(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def diagnosed(task: Task) -> list[Diagnostic]:
     """What was asked of the model itself."""
-    if not task.asked.names:
+    if not task.asked.curves:
         return []
     with watched("diagnostics", task.asked.examples) as progress:
         return task.asked(task.model.denoiser, task.dataset, task.labeled, task.device, progress)
+
+
+def compared(task: Task) -> tuple[Likelihood, TrainAndTest]:
+    """How the likelihood is computed, and of what.
+
+    Raises:
+        UserError: the model or the data do not suit it.
+    """
+    asked = task.asked
+    way = likelihood_of(task.model.denoiser, task.info, was_dequantized(task.model))
+    return way, TrainAndTest(
+        task.dataset, task.labeled, asked.examples, asked.seed, task.config["batch_size"], task.device
+    )
+
+
+def likelihoods(task: Task) -> dict[str, Any] | None:
+    """The likelihood of training and of held-out examples, where it was asked for, in rank 0."""
+    if not task.asked.likelihood:
+        return None
+    way, examples = compared(task)
+    with watched("likelihood", examples.n) as progress:
+        return examples(way, progress)
 
 
 # Scores

@@ -304,7 +304,7 @@ def test_files_that_are_no_classifier_are_refused(tmp_path: Path) -> None:
         load(tmp_path / "none.safetensors")
     script = tmp_path / "script.pt"
     script.write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"is not a \.safetensors file: others can run code"):
+    with pytest.raises(UserError, match=r"is not a \.safetensors file, and others can run code"):
         load(script)
     strange = tmp_path / "strange.safetensors"
     safetensors.torch.save_file({"x": torch.zeros(1)}, strange)

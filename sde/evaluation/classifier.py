@@ -15,9 +15,8 @@ all options:
     classifier-<hash>/classifier.safetensors    weights; its header tells the architecture
                       classifier.json           options, accuracy, a hash of the weights
 
-Such a .safetensors file can be given away and used by `module`. Neither file can run code. TorchScript archives and
-exported programs (.pt2) are not read at all: what a script does when it is called includes writing files (torch.save is
-one of its operations), and torch.export.load unpickles what it does not know.
+Such a .safetensors file can be given away and used by `module`. Neither file can run code. Exported programs (.pt2) are
+not read at all: torch.export.load unpickles what it does not know. For TorchScript see `torchscript`.
 """
 
 from __future__ import annotations
@@ -376,8 +375,9 @@ def read_network(path: Path) -> ClassifierNetwork:
         raise UserError(f"features.path={str(path)!r} does not exist: give a {WEIGHTS} that features=classifier wrote")
     if path.suffix != ".safetensors":
         raise UserError(
-            f"features.path={str(path)!r} is not a .safetensors file: others can run code, TorchScript and .pt2 as "
-            f"well; give a {WEIGHTS} that features=classifier wrote, or register an extractor of yours with plugins="
+            f"features.path={str(path)!r} is not a .safetensors file, and others can run code: give a {WEIGHTS} "
+            "that features=classifier wrote, a TorchScript archive (.pt) to features=torchscript, or register an "
+            "extractor of yours with plugins="
         )
     try:
         with safe_open(path, framework="pt") as file:

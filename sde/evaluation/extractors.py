@@ -8,6 +8,7 @@ extractor states all of it (`describe`), and has a hash of it (`identity`).
     random      an untrained convolutional network: no weights to fetch, no labels needed (arXiv 2002.09797, section 4)
     classifier  the penultimate layer of a small network trained on the labels of the data set (`classifier`)
     module      the same of a network that was trained before (`classifier`)
+    torchscript what any network makes of them that was saved as TorchScript (`torchscript`)
     inception   what published FIDs are made of (`pretrained`)
     dinov2      the features of FD-DINOv2 (`pretrained`)
 
@@ -24,7 +25,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -65,8 +66,8 @@ class Extractor(ABC):
         classifies: whether there are probabilities.
     """
 
-    any_size: ClassVar[bool] = False
-    classifies: ClassVar[bool] = False
+    any_size: bool = False
+    classifies: bool = False
 
     _info: DataInfo | None = None
     _device: torch.device = torch.device("cpu")
@@ -99,7 +100,9 @@ class Extractor(ABC):
         with torch.random.fork_rng(devices=[]):  # layers draw weights when they are made, which are replaced
             network = self._make(dataset, device)
         if network is not None:
-            network = network.to(device).eval().requires_grad_(False)
+            network = network.to(device).eval()
+            for parameter in network.parameters():  # scripted modules have no requires_grad_ of their own
+                parameter.requires_grad_(False)
         self._info, self._device, self._network, self._identity = dataset.info, device, network, None
 
     def __call__(self, values: Tensor) -> Features:
