@@ -113,6 +113,11 @@ def run_dataset(model: Model, changes: Mapping[str, Any]) -> Dataset:
     return dataset
 
 
+def was_dequantized(model: Model) -> bool:
+    """Whether a run was trained on dequantized pictures."""
+    return bool(model.checkpoint.content["config"].get("training", {}).get("dequantize", False))
+
+
 def check_same_facts(found: DataInfo, wanted: DataInfo, labeled: bool) -> None:
     """Raise `UserError` unless the data `found` look as the network was trained to see them."""
     for name in ("kind", "shape", "low", "high", *(["num_classes"] if labeled else [])):

@@ -21,6 +21,7 @@ from sde.evaluation.card import free_name, write_card, write_overview
 from sde.evaluation.diagnostics import Diagnostic, save_diagnostics
 from sde.evaluation.digests import digest_of_tensors
 from sde.evaluation.extractors import Extractor
+from sde.evaluation.likelihood import likelihood_numbers, likelihood_rows, likelihood_way
 from sde.evaluation.model import Asked, exact_of, means
 from sde.evaluation.reference import Reference, Statistics
 from sde.evaluation.samples import Described
@@ -107,6 +108,7 @@ class Found:
         sampling: how they came to be.
         scores: numbers of the samples.
         diagnostics: of the model.
+        likelihood: of training and of held-out examples, as `TrainAndTest` gives it; None where it was not asked for.
         seconds: that the numbers took.
     """
 
@@ -114,6 +116,7 @@ class Found:
     sampling: Mapping[str, Any]
     scores: Sequence[Scored]
     diagnostics: Sequence[Diagnostic]
+    likelihood: Mapping[str, Any] | None
     seconds: float
 
 
@@ -139,6 +142,8 @@ def describe(task: Task, against: Against, found: Found) -> dict[str, Any]:
         "data": describe_data(task),
         "metrics": {name: options_of(metric) for name, metric in task.metrics.items()},
         "likelihood": known_likelihood(task),
+        "likelihood_of_splits": found.likelihood,
+        "likelihood_of": likelihood_way(found.likelihood) if found.likelihood else None,
         "diagnostics": [each.to_dict() for each in found.diagnostics],
         "diagnostics_of": diagnostics_of(task) if found.diagnostics else None,
         "diagnostic_pictures": [],
@@ -306,14 +311,20 @@ def closest(task: Task, x: Tensor) -> Tensor:
 
 
 def print_table(record: Mapping[str, Any]) -> None:
-    """The scores, aligned."""
-    rows = table(record["scores"])
+    """The scores, and the likelihood where it was computed, aligned."""
+    print_rows(table(record["scores"]))
+    if record["likelihood_of_splits"]:
+        print_rows(likelihood_rows(record["likelihood_of_splits"]))
+    if "nfe" in record["cost"]:
+        print(f"{record['cost']['nfe']} evaluations and {record['cost']['milliseconds_per_sample']} ms a sample")
+
+
+def print_rows(rows: Sequence[Mapping[str, str]]) -> None:
+    """A table on the terminal."""
     columns = list(rows[0])
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in columns}
     for row in ({name: name for name in columns}, *rows):
         print("  ".join(row[name].ljust(widths[name]) for name in columns).rstrip())
-    if "nfe" in record["cost"]:
-        print(f"{record['cost']['nfe']} evaluations and {record['cost']['milliseconds_per_sample']} ms a sample")
 
 
 def note(task: Task, record: Mapping[str, Any], card: Path, logger: Logger) -> None:
@@ -324,7 +335,9 @@ def note(task: Task, record: Mapping[str, Any], card: Path, logger: Logger) -> N
     }
     diagnostics = {f"evaluation/{name}": value for name, value in means(record["diagnostics"]).items()}
     cost = {f"evaluation/{name}": record["cost"][name] for name in ("nfe",) if name in record["cost"]}
-    notes = {"evaluation/kind": card.stem, "evaluation/folder": str(card.parent)}
+    measured = record["likelihood_of_splits"]
+    likelihood, words = likelihood_numbers(measured) if measured else ({}, {})
+    notes = {"evaluation/kind": card.stem, "evaluation/folder": str(card.parent), **words}
     files = [card.parent / name for name in (*record["pictures"], *record["diagnostic_pictures"])]
     pictures = {f"evaluation/{file.stem}": file for file in files}
-    note_result(task.model, numbers | errors | diagnostics | cost, notes, pictures, logger)
+    note_result(task.model, numbers | errors | diagnostics | likelihood | cost, notes, pictures, logger)

@@ -24,12 +24,11 @@ from typing import Any
 import torch
 
 from sde.cli import Interrupted, add_data_overrides, run_command, task_overrides
-from sde.commands import Model, chosen_grid, condition, new_folder, open_model, run_dataset
+from sde.commands import Model, chosen_grid, condition, new_folder, open_model, run_dataset, was_dequantized
 from sde.config import build
 from sde.data import Dataset, Order, Split
 from sde.data.base import SPLITS
-from sde.denoiser import AbstractDenoiser
-from sde.density import DIVERGENCES, Divergence, Exact, Hutchinson, Quantization, times_to_noise
+from sde.density import DIVERGENCES, Likelihood, Quantization
 from sde.density.discrete import (
     DEQUANTIZATIONS,
     ChainBound,
@@ -38,25 +37,22 @@ from sde.density.discrete import (
     Discretization,
     Flow,
     Method,
-    decoding_time,
-    discrete_log_prob,
-    from_time,
 )
 from sde.density.flow import SMALL
+from sde.density.likelihood import Scores, check_arithmetic, check_kind, mean_and_error, suitable_dequantization
 from sde.devices import PRECISIONS, pick_device
 from sde.distributed import any_signal, collect, is_main, on_main, own_batches, world
 from sde.errors import UserError, check_choice, check_flag, check_number
-from sde.likelihood_results import Scores, Task, describe, draw_pictures, mean_and_error, record, sentence, write_scores
+from sde.likelihood_results import Task, describe, draw_pictures, record, sentence, write_scores
 from sde.pictures import save_density
 from sde.progress import progress_bar
 from sde.randomness import sample_seed
 from sde.runs import check_ema
-from sde.solvers import SOLVERS, Solver
 from sde.training.dequantization import load_dequantizer
 from sde.training.logging import Logger
 from sde.training.stopping import StopRequest
 
-METHODS = ("ode", "continuous_bound", "discrete_bound")
+METHODS = tuple(method.name for method in (Flow, ContinuousBound, ChainBound))
 BOUND_OPTIONS = {
     "continuous_bound": {"steps"},
     "discrete_bound": {"steps", "variance", "share", "subset"},
@@ -91,7 +87,7 @@ def likelihood(config: dict[str, Any]) -> None:
     logger: Logger = build(config["logger"], "logger")
     model = open_model(config, device)
     task = make_task(config, model, method, device)
-    folder = on_main(lambda: new_folder(model.run, config["out"], task.name(config), "likelihood"))
+    folder = on_main(lambda: new_folder(model.run, config["out"], task.name(), "likelihood"))
     try:
         started = time.perf_counter()
         scores, asked_to_stop = score_all(task)
@@ -140,15 +136,9 @@ def check_options(config: Mapping[str, Any]) -> None:
     check_choice("method", config["method"], METHODS)
     check_choice("dequantization", config["dequantization"], ("auto", *DEQUANTIZATIONS))
     check_choice("precision", config["precision"], PRECISIONS)
-    if config["precision"] != "fp32":
-        raise UserError(
-            f"precision={config['precision']} is too coarse for a likelihood, which it moves by up to "
-            "0.1 bits/dim: take fp32"
-        )
+    check_arithmetic(config["precision"], config["compile"])
     if config["t_min"] != "auto":
         check_number("t_min", config["t_min"], above=0)
-    if config["compile"] == "graphs":
-        raise UserError("compile=graphs replays one forward pass and a density needs its derivative: take auto")
     if isinstance(config["label"], list) or config["label"] == "all":
         raise UserError(f"label={config['label']!r} is not one class: give one, or null for each example's own")
 
@@ -187,10 +177,10 @@ def chosen_method(config: Mapping[str, Any]) -> Method:
 
 def chosen_dequantization(config: Mapping[str, Any], model: Model) -> str:
     """Which way from densities to levels: that asked for, or the one that suits the run."""
-    trained = bool(model.checkpoint.content["config"].get("training", {}).get("dequantize", False))
+    trained = was_dequantized(model)
     name = str(config["dequantization"])
     if name == "auto":
-        return "none" if model.info.kind == "vectors" else "uniform" if trained else "decoder"
+        return suitable_dequantization(model.info.kind, trained)
     if model.info.kind == "pixels" and name in ("uniform", "variational") and not trained:
         print(
             f"warning: the run was trained without training.dequantize=true, so that its density may have peaks at the "
@@ -229,14 +219,8 @@ def make_task(config: Mapping[str, Any], model: Model, method: Method, device: t
             f"draws={config['draws']} of an exact density are all alike: leave draws out, or estimate the trace with "
             f"divergence=hutchinson"
         )
-    denoiser = from_time(model.denoiser, chosen_time(config["t_min"], model, discretization))
-    numel = math.prod(info.shape)
-    if isinstance(method, Flow):
-        assert method.solver is not None
-        check_way(method.solver, denoiser, method)
-        method = Flow(method.solver, settled(method.divergence, numel), method.grid, method.steps, kind == "none")
-    elif isinstance(method, ChainBound):
-        method.times(denoiser.sde)
+    t_min = None if config["t_min"] == "auto" else float(config["t_min"])
+    likelihood = Likelihood.of(model.denoiser, info, discretization, method, t_min)
     split = opened_split(config, model)
     n = len(split) if config["n"] is None else config["n"]
     if n > len(split):
@@ -246,9 +230,7 @@ def make_task(config: Mapping[str, Any], model: Model, method: Method, device: t
     labels = condition(config["label"], found, n, model, f"the {config['split']} split")
     return Task(
         model,
-        denoiser,
-        method,
-        discretization,
+        likelihood,
         split,
         config["split"],
         indices,
@@ -257,42 +239,6 @@ def make_task(config: Mapping[str, Any], model: Model, method: Method, device: t
         config["seed"],
         device,
     )
-
-
-def chosen_time(t_min: float | str, model: Model, discretization: Discretization) -> float | None:
-    """The time whose density is meant; None for the SDE's own t_min."""
-    if t_min != "auto":
-        return float(t_min)
-    levels = discretization.quantization if discretization.kind == "decoder" else None
-    return None if levels is None else decoding_time(model.denoiser.sde, levels)
-
-
-def check_kind(dequantization: str, kind: str) -> None:
-    """Raise `UserError` unless a way to gray levels suits data of this kind."""
-    if kind == "pixels" and dequantization == "none":
-        raise UserError(
-            "dequantization=none gives a density and pixels have probabilities: take uniform, variational or decoder"
-        )
-    if kind == "vectors" and dequantization != "none":
-        raise UserError(f"dequantization={dequantization} is for pixels and this run has vectors: take none or auto")
-
-
-def check_way(solver: Solver, denoiser: AbstractDenoiser, method: Flow) -> None:
-    """Raise `UserError` unless `solver` goes from data to noise on its grid."""
-    if not solver.both_ways or solver.stochastic or solver.final != "none":
-        able = [name for name, cls in SOLVERS.items() if cls.both_ways]
-        raise UserError(
-            f"solver={SOLVERS.name_of(type(solver))} cannot go from data to noise with these options: take one of "
-            f"{', '.join(able)}, without noise and with solver.final=none"
-        )
-    times_to_noise(solver, denoiser.sde, method.grid, method.steps)
-
-
-def settled(divergence: Divergence | None, numel: int) -> Divergence:
-    """The divergence that was asked for, or the one that suits data of `numel` dimensions."""
-    chosen = divergence if divergence is not None else Exact() if numel <= SMALL else Hutchinson()
-    chosen.check(numel)
-    return chosen
 
 
 def opened_split(config: Mapping[str, Any], model: Model) -> Split:
@@ -369,35 +315,19 @@ def score_all(task: Task) -> tuple[Scores, int | None]:
 def score(task: Task, rows: slice, progress: Any = None) -> DiscreteLogProb:
     """Evaluate the examples `rows` of the task's order."""
     numbers = task.indices[rows]
-    x = task.info.encode(task.split.values[numbers].to(task.device), torch.float64)
     label = None if task.labels is None else task.labels[rows].to(task.device)
-    with full_float32():
-        found = discrete_log_prob(
-            task.denoiser,
-            x,
-            task.discretization,
-            task.method,
-            label=label,
-            seed=task.seed,
-            indices=numbers.tolist(),
-            progress=progress,
-        )
+    stored = task.split.values[numbers].to(task.device)
+    found = task.likelihood(stored, label=label, seed=task.seed, indices=numbers.tolist(), progress=progress)
     if not bool(torch.isfinite(found.log_prob).all()):
         print(f"\nwarning: {int((~torch.isfinite(found.log_prob)).sum())} of this batch are not finite", flush=True)
     return found
-
-
-def full_float32() -> contextlib.AbstractContextManager[None]:
-    """A context in which convolutions on a GPU keep all digits of float32: TF32, their default, has three decimal."""
-    cudnn = torch.backends.cudnn
-    return cudnn.flags(enabled=cudnn.enabled, benchmark=cudnn.benchmark, allow_tf32=False)
 
 
 def running(task: Task, scores: Scores) -> str:
     """The mean so far, for the progress bar; nothing where other processes have examples of their own."""
     if world().size > 1:
         return ""
-    mean, error = mean_and_error(task.bits(scores.column("log_prob")))
+    mean, error = mean_and_error(task.likelihood.bits(scores.column("log_prob")))
     return f"{mean:.4f}" + ("" if error is None else f" +- {error:.4f}") + " bits/dim"
 
 
@@ -410,13 +340,11 @@ def draw_density(path: Path, task: Task, side: int, label: Any) -> None:
     axis = torch.linspace(-limit, limit, side, dtype=torch.float64)
     points = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).reshape(-1, 2)
     found = []
-    with progress_bar(len(points), desc="density", bar_format=_BAR) as bar, full_float32():
+    with progress_bar(len(points), desc="density", bar_format=_BAR) as bar:
         for numbers in torch.arange(len(points)).split(max(task.batch_size, 1000)):
             same = None if task.labels is None else task.labels[:1].expand(len(numbers)).to(task.device)
-            part = discrete_log_prob(
-                task.denoiser, points[numbers].to(task.device), task.discretization, task.method,
-                label=same, seed=task.seed, indices=numbers.tolist(),
-            )  # fmt: skip
+            at = points[numbers].to(task.device)
+            part = task.likelihood(at, label=same, seed=task.seed, indices=numbers.tolist())
             found.append(part.log_prob.cpu())
             bar.update(len(numbers))
     save_density(path, torch.cat(found).reshape(side, side), limit, "p at t_min", data)

@@ -179,6 +179,19 @@ def test_two_processes_find_the_numbers_of_one(
     assert not list((tmp_path / "two").glob(".*"))
 
 
+def test_two_processes_find_the_likelihood_of_one(worlds: Worlds, point_run: Path, tmp_path: Path) -> None:
+    words = [write(tmp_path / "x.npz", torch.randn(12, 2)), "metric=energy", "groups=2", "batch_size=2"]
+    words += ["diagnostics=likelihood", "diagnostics_options.examples=5"]
+    for code, _, err in worlds.command(2, "sde.evaluate", *words, f"out={tmp_path / 'two'}", folder=point_run):
+        assert code == 0, err
+    (path,) = (tmp_path / "two").glob("*.json")
+    found = read(path)["likelihood_of_splits"]
+    alone = evaluated(point_run, *words, out=str(tmp_path / "one"))["likelihood_of_splits"]
+    for split in ("train", "test", "gap"):
+        for name in found[split].keys() - {"parts"}:
+            assert found[split][name] == pytest.approx(alone[split][name], rel=1e-6), name
+
+
 def test_several_seeds_tell_their_spread(pixel_run: Path, drawn: dict[str, Any], tmp_path: Path) -> None:
     options = [*DRAWN, "metric=[fd,kid]"]
     found = evaluated(pixel_run, *options, "seeds=[0,1,2]", out=str(tmp_path / "several"))
@@ -457,6 +470,44 @@ def test_the_score_is_held_against_the_law_of_the_data_where_that_is_known() -> 
     assert max(found.curves["error"].values) > 0.01
 
 
+@pytest.mark.parametrize("kind", ["pixels", "points"])
+def test_likelihoods_are_those_of_the_tool(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Every number of either split, for the same examples; and they reach the card, the terminal and metrics.jsonl."""
+    folder, run = (request.getfixturevalue(f"{kind[:-1]}_run"), {"pixels": "g", "points": "p"}[kind])
+    x = torch.randint(0, 256, (12, 1, 8, 8), dtype=torch.uint8) if kind == "pixels" else torch.randn(12, 2)
+    words = [write(tmp_path / "x.npz", x), "metric=energy", "groups=2", "diagnostics=likelihood", "features=none"]
+    done = command("sde.evaluate", *words, "diagnostics_options.examples=2", f"out={tmp_path / 'o'}", folder=folder)
+    assert done.code == 0, done.err
+    (path,) = (tmp_path / "o").glob("*.json")
+    record, card = read(path), path.with_suffix(".md").read_text()
+    found = record["likelihood_of_splits"]
+    line = read_metrics(folder / f"runs/{run}/metrics.jsonl")[-1]
+    for split in ("train", "test"):
+        arguments = ["n=2", f"split={split}", "density_side=0", f"out={tmp_path / split}"]
+        assert command("sde.likelihood", *arguments, folder=folder).code == 0
+        tool = read(tmp_path / split / "likelihood.json")
+        shared = found[split].keys() & tool.keys()
+        assert {"bits_per_dim", "standard_error", "log_prob", "meaning", "n", "split_size", "nfe", "parts"} <= shared
+        assert {name: found[split][name] for name in shared} == {name: tool[name] for name in shared}
+        assert found["about"] == {name: tool[name] for name in found["about"]}
+        assert line[f"evaluation/likelihood/{split}/bits_per_dim"] == tool["bits_per_dim"]
+    assert found["gap"]["bits_per_dim"] == found["test"]["bits_per_dim"] - found["train"]["bits_per_dim"]
+    assert line["evaluation/likelihood/kind"] == {"pixels": "ode-decoder", "points": "ode-none"}[kind]
+    unit = {"pixels": "bits/dim", "points": "nats"}[kind]
+    for fact in (f"| {unit}, train | ", f"| {unit}, test | ", "| gap, test - train | ", "A gap above 0 is overfitting"):
+        assert fact in card, fact
+
+    for fact in (
+        "divergence exact",
+        "solver adams_adaptive (rtol 1e-05, atol 1e-05",
+        "1 draw",
+        found["test"]["meaning"],
+    ):
+        assert fact in card, fact
+    assert "gap, test - train" in done.out
+    assert "likelihood: 100%" in done.err
+
+
 # Names
 
 
@@ -505,7 +556,13 @@ def test_names_tell_apart_what_differs() -> None:
         (["seeds=[1,1]"], "name each seed once"),
         (["seeds=3"], "must be a list of whole numbers"),
         (["n=3", "metric=fd"], "needs at least 12 generated examples"),
-        (["diagnostics=[curls]"], "diagnostics='curls' is not one of denoising, curl, fokker_planck, score"),
+        (
+            ["diagnostics=[curls]"],
+            "diagnostics='curls' is not one of denoising, curl, fokker_planck, score, likelihood",
+        ),
+        (["diagnostics=[likelihood]", "precision=bf16"], "is too coarse for a likelihood"),
+        (["diagnostics=[likelihood]", "compile=graphs"], "compile=graphs replays one forward pass"),
+        (["diagnostics=[likelihood]", "data.test_fraction=0"], "has no test split: set test_fraction above 0"),
         (["diagnostics_options.levels=0"], "diagnostics_options.levels"),
         (["diagnostics=[curl]", "diagnostics_options.example=3"], "did you mean 'diagnostics_options.examples'?"),
         (["export=a.txt"], ".npz for mu and sigma"),

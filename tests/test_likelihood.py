@@ -301,7 +301,7 @@ def test_interrupted_it_keeps_what_is_done(
     number: int, code: int, pixel_run: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     by_index = {row["index"]: float(row["bits_per_dim"]) for row in whole[1]}
-    module = importlib.import_module("sde.likelihood")
+    module = importlib.import_module("sde.density.likelihood")
     original, batches = module.discrete_log_prob, []
 
     def interrupted(*arguments: Any, **options: Any) -> Any:

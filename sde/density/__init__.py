@@ -6,6 +6,7 @@ quantization.py  pixels: bucket width, dequantization, bits per dimension, discr
 bound.py         variational bounds on -log p, term by term
 dequantizer.py   a flow that dequantizes better than uniform noise does
 discrete.py      log P of quantized pictures from all of these, and what kind of bound it is
+likelihood.py    all that of stored examples, with what suits a model and its data, and what is told of the numbers
 """
 
 from sde.density.bound import Bound, Decoder, continuous_bound, discrete_bound
@@ -20,6 +21,7 @@ from sde.density.discrete import (
 )
 from sde.density.divergence import DIVERGENCES, Divergence, Exact, Hutchinson, HutchPlusPlus
 from sde.density.flow import LogProb, decode, encode, log_prob, times_to_noise
+from sde.density.likelihood import Likelihood
 from sde.density.quantization import Quantization, bits_per_dim, change_of_units
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "Flow",
     "HutchPlusPlus",
     "Hutchinson",
+    "Likelihood",
     "LogProb",
     "Quantization",
     "bits_per_dim",

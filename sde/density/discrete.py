@@ -30,6 +30,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -106,7 +107,8 @@ class Weights:
 class Method(ABC):
     """A way to have log p, or to bound it from below. Leaves are frozen dataclasses of their options."""
 
-    exact: bool
+    name: ClassVar[str]
+    exact: ClassVar[bool]
     """Whether it is log p and no bound on it."""
 
     @property
@@ -139,6 +141,7 @@ class Flow(Method):
     grid: Grid | None = None
     steps: int | None = None
     truncation: bool = False
+    name = "ode"
     exact = True
 
     @property
@@ -184,6 +187,7 @@ class ContinuousBound(Method):
     """
 
     points: int = 32
+    name = "continuous_bound"
     exact = False
 
     def __post_init__(self) -> None:
@@ -230,6 +234,7 @@ class ChainBound(Method):
     variance: str = "posterior"
     share: float = 0.5
     subset: int | None = None
+    name = "discrete_bound"
     exact = False
 
     def __post_init__(self) -> None:

@@ -15,13 +15,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sde.evaluation.likelihood import likelihood_rows
 from sde.evaluation.model import by_level
 from sde.evaluation.scores import table, with_error
 from sde.files import write_json, write_text
 from sde.pictures import CostCurve, save_cost_curves
 
 COMPARABLE = ("n", "features", "reference", "data")  # sections that are the same where numbers can be compared
-_IDENTITY = (*COMPARABLE, "sampling", "metrics", "diagnostics_of")
+_IDENTITY = (*COMPARABLE, "sampling", "metrics", "diagnostics_of", "likelihood_of")
 _FACTS = ("solver", "grid", "denoise", "noise", "label", "precision")
 
 
@@ -142,6 +143,13 @@ def model_lines(record: Mapping[str, Any]) -> list[str]:
         lines += [
             f"{value} bits/dim of this checkpoint ({likelihood['kind']}, {likelihood['n']:g} of split="
             f"{likelihood['split']}, ema={likelihood['ema']}), computed before: {where}",
+            "",
+        ]
+    if (measured := record.get("likelihood_of_splits")) is not None:
+        lines += [*markdown(likelihood_rows(measured)), ""]
+        lines += [
+            f"By {record['likelihood_of']}. Bits per dimension are: {measured['train']['meaning']}. Errors are "
+            "standard errors over examples. A gap above 0 is overfitting: training examples are likelier than others.",
             "",
         ]
     if record.get("diagnostics"):

@@ -18,7 +18,8 @@ from sde.evaluation.diagnostics import Diagnostic, curl, denoising_error, fokker
 from sde.evaluation.empirical import EmpiricalDenoiser
 from sde.evaluation.scores import with_error
 
-NAMES = ("denoising", "curl", "fokker_planck", "score")
+LIKELIHOOD = "likelihood"  # of no noise level: see `sde.evaluation.likelihood`
+NAMES = ("denoising", "curl", "fokker_planck", "score", LIKELIHOOD)
 _SHOWN = {  # curves in the table; R relative to d_t s is large near pure noise for any model
     "denoising_error": ("train", "test", "gap"),
     "curl": ("asymmetry",),
@@ -36,9 +37,9 @@ class Asked:
         names: some of `NAMES`.
         levels: noise levels.
         examples: of each split, chosen by the seed.
-        repeats: draws of noise for each example.
+        repeats: draws of noise for each example; the likelihood has one.
         probes: random vectors of curl and fokker_planck; None for what suits the data.
-        seed: of examples, noise and vectors.
+        seed: of examples and of everything that is drawn.
         batch_size: examples at once.
 
     Raises:
@@ -63,10 +64,20 @@ class Asked:
         if self.probes is not None:
             check_whole("diagnostics_options.probes", self.probes, at_least=2)
 
+    @property
+    def curves(self) -> list[str]:
+        """Those that are curves over noise levels."""
+        return [name for name in self.names if name != LIKELIHOOD]
+
+    @property
+    def likelihood(self) -> bool:
+        """Whether the likelihood is asked for."""
+        return LIKELIHOOD in self.names
+
     def __call__(
         self, denoiser: AbstractDenoiser, dataset: Dataset, labeled: bool, device: torch.device, progress: Progress
     ) -> list[Diagnostic]:
-        """Ask all, in every process; they share the examples.
+        """Ask for all curves, in every process; they share the examples.
 
         Args:
             denoiser: the model.
@@ -79,10 +90,10 @@ class Asked:
             UserError: the data or the network do not have what is asked for.
         """
         found = []
-        for k, name in enumerate(self.names):
+        for k, name in enumerate(self.curves):
 
             def part(share: float, before: int = k) -> None:
-                progress((before + share) / len(self.names))
+                progress((before + share) / len(self.curves))
 
             found.append(self._ask(name, denoiser, dataset, labeled, device, part))
         return found
