@@ -53,7 +53,7 @@ from sde.evaluation.reference import (
 from sde.evaluation.samples import Described, Drawn, describe_file
 from sde.evaluation.scores import Floor, Scored, score
 from sde.evaluation.torchscript import SUFFIXES
-from sde.metrics import METRICS, Metric, Sets
+from sde.metrics import METRICS, Metric, Rows, Sets
 from sde.progress import progress_bar
 from sde.sampling import Plan, denoised_at_the_end, make_times
 from sde.solvers import Solver
@@ -463,15 +463,16 @@ def sets_of_examples(task: Task, drawn: Sequence[Described], against: Against) -
 
 def sets_beside_all(task: Task, drawn: Sequence[Described], against: Against) -> tuple[list[Sets], Floor | None]:
     """The samples themselves beside all training examples, among which copies would be, and some that are held out."""
-    train, rest = data_vectors(task, "train", None), data_vectors(task, "test", task.config["examples"])
-    return [Sets(vectors(task.info, each.examples), train, rest) for each in drawn], None
+    some, rest = (data_vectors(task, split, task.config["examples"]) for split in ("train", "test"))
+    train = Rows(task.dataset.split("train").values, lambda stored: vectors(task.info, stored))
+    return [Sets(vectors(task.info, each.examples), some, rest, training=train) for each in drawn], None
 
 
-def data_vectors(task: Task, split: str, most: int | None) -> Tensor:
-    """Examples of a split as vectors, `most` of them chosen by seed 1, or all."""
+def data_vectors(task: Task, split: str, most: int) -> Tensor:
+    """Examples of a split as vectors, at most so many, chosen by seed 1."""
     values = task.dataset.split(split).values
-    if most is None or not len(values):
-        return vectors(task.info, values) if len(values) else torch.empty(0, 1)
+    if not len(values):
+        return torch.empty(0, 1)
     return vectors(task.info, values[Order(len(values), min(len(values), most), 1)(0)])
 
 

@@ -12,9 +12,10 @@ import scipy.spatial.distance
 import scipy.stats
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sde.errors import UserError
-from sde.metrics import METRICS, Metric, Sets, distances
+from sde.metrics import METRICS, Metric, Rows, Sets, base, distances
 from sde.metrics.classifier_test import ClassifierTest, fit, neighbor_guesses, permutation_p, vote_error
 from sde.metrics.distances import distance_sum, nearest, shuffled
 from sde.metrics.memorization import Memorization, closest_pairs, mann_whitney
@@ -315,6 +316,88 @@ def test_memorization_by_brute_force() -> None:
     h, g = sets.held_out[held][keep[2]], sets.generated[shuffled(40, 4)][keep[3]]
     assert left[2]["memorization"] == pytest.approx(np.mean(cdist(g, c).min(1) < cdist(g, h).min(1)))
     assert left[2]["memorization_ct"] == pytest.approx(mann_whitney(cdist(g, t).min(1), cdist(h, t).min(1)))
+
+
+def stored_pictures(n: int, seed: int) -> Tensor:
+    return torch.randint(0, 256, (n, 2, 3, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def encoded(stored: Tensor) -> Tensor:
+    """As vectors of 24 dimensions, float32."""
+    return (stored.float() / 127.5 - 1).flatten(1)
+
+
+def picture_sets(train: int = 130) -> Sets:
+    training, held_out = stored_pictures(train, 1), encoded(stored_pictures(40, 2))
+    generated = torch.cat([encoded(training[:5]), encoded(stored_pictures(45, 3))])
+    return Sets(generated, encoded(training), held_out, seed=4)
+
+
+@pytest.mark.parametrize("tile", [1, 7, 64, 2048])
+def test_blocks_of_stored_examples_give_the_same_numbers(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their size, those of all vectors at once; and what is compared does not depend on the reference then."""
+    metric, whole = Memorization(quantile=0.1), picture_sets()
+    expected = [metric(whole), *metric.leave_out(whole, 3)]
+    monkeypatch.setattr(distances, "TILE", tile)
+    sizes = list[int]()
+
+    def counted(stored: Tensor) -> Tensor:
+        sizes.append(len(stored))
+        return encoded(stored)
+
+    rows = replace(whole, reference=whole.reference[:2], training=Rows(stored_pictures(130, 1), counted))
+    monkeypatch.setattr(base, "_BLOCK", tile)
+    assert [metric(rows), *metric.leave_out(rows, 3)] == expected
+    assert max(sizes) == min(tile, 130)
+
+
+def test_memory_does_not_grow_with_the_training_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest tensor of floating type that is made anywhere, of few and of many training examples."""
+    monkeypatch.setattr(distances, "TILE", 64)
+    monkeypatch.setattr(base, "_BLOCK", 64)
+    largest = []
+    for train in (400, 3000):
+        sets = picture_sets(train)
+        stored, few = stored_pictures(train, 1), replace(sets, reference=sets.reference[:2])
+        with LargestFloat() as watched:
+            Memorization().errors(replace(few, training=Rows(stored, encoded)), 4)
+        largest.append(watched.numel)
+    assert largest == [50 * 64, 50 * 64]  # distances of the generated examples from a tile
+    with LargestFloat() as watched:
+        Memorization().errors(sets, 4)
+    assert watched.numel >= 3000 * 24
+
+
+class LargestFloat(TorchDispatchMode):
+    """Looks at every result of PyTorch."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for each in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(each, Tensor) and each.is_floating_point():
+                self.numel = max(self.numel, each.numel())
+        return result
+
+
+def test_rows_are_indexed_like_a_tensor() -> None:
+    stored = stored_pictures(20, 5)
+    rows, whole = Rows(stored, encoded), encoded(stored)
+    order = torch.tensor([4, 4, 0, 19])
+    for key in (slice(3, 15, 4), order, torch.arange(20) % 3 != 1, slice(30, 40)):
+        assert torch.equal(rows[key].tensor(), whole[key])
+        assert rows[key].shape == whole[key].shape
+    assert torch.equal(rows[order][1:3].double(), whole[order][1:3].double())
+    assert torch.equal(torch.cat(list(rows.blocks(6))), whole)
+    assert (len(rows), rows.dtype, rows.ndim) == (20, torch.float32, 2)
+    left = Sets(whole, whole, training=rows).without(1, 3).training
+    assert left is not None
+    assert torch.equal(left.tensor(), whole[torch.arange(20) % 3 != 1])
+    with pytest.raises(UserError, match="memorization: some of the training features are not finite"):
+        Memorization()(Sets(whole, whole, whole, training=Rows(stored, lambda x: encoded(x) / (encoded(x) < 0.9))))
+    with pytest.raises(UserError, match="memorization needs at least 2 training examples"):
+        Memorization()(Sets(whole, whole, whole, training=rows[:1]))
 
 
 def test_mann_whitney_with_ties() -> None:

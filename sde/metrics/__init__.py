@@ -11,5 +11,6 @@ from sde.metrics import (  # noqa: F401 - for the registry
     sliced,
 )
 from sde.metrics.base import METRICS, Metric, Sets, register
+from sde.metrics.rows import Rows
 
-__all__ = ["METRICS", "Metric", "Sets", "register"]
+__all__ = ["METRICS", "Metric", "Rows", "Sets", "register"]

@@ -23,10 +23,12 @@ import torch
 from torch import Tensor
 
 from sde.errors import UserError
+from sde.metrics.rows import Rows
 from sde.registry import Registry
 
 METRICS: Registry[Metric] = Registry("metrics")
 register = METRICS.register
+_BLOCK = 2048  # vectors that are made at a time to be checked
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Sets:
         held_out: features of data that the model was not trained on, (k, D), or None.
         probabilities: of the classes of each generated example, (n, C), by a classifier; or None.
         seed: of everything that a metric draws.
+        training: all training examples, for metrics that look for copies, (N, D); None for the reference.
     """
 
     generated: Tensor
@@ -47,6 +50,7 @@ class Sets:
     held_out: Tensor | None = None
     probabilities: Tensor | None = None
     seed: int = 0
+    training: Rows | None = None
 
     def without(self, group: int, groups: int) -> Sets:
         """The sets without every `groups`-th example, from number `group` on."""
@@ -54,7 +58,7 @@ class Sets:
         def rest(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[torch.arange(len(x), device=x.device) % groups != group]
 
-        generated, reference = rest(self.generated), rest(self.reference)
+        generated, reference, training = rest(self.generated), rest(self.reference), self.training
         assert generated is not None
         assert reference is not None
         return replace(
@@ -63,6 +67,7 @@ class Sets:
             reference=reference,
             held_out=rest(self.held_out),
             probabilities=rest(self.probabilities),
+            training=None if training is None else training[torch.arange(len(training)) % groups != group],
         )
 
 
@@ -91,6 +96,10 @@ class Metric(ABC):
             UserError: when the sets are too small, or do not fit together.
         """
 
+    def used(self, sets: Sets) -> tuple[int, int]:
+        """How many generated and how many other examples the numbers are of; leaves that draw some override it."""
+        return len(sets.generated), len(sets.reference if sets.training is None else sets.training)
+
     def leave_out(self, sets: Sets, groups: int) -> list[dict[str, float]]:
         """The numbers without each of `groups` groups of examples; leaves that have a faster way override it."""
         return [self(sets.without(group, groups)) for group in range(groups)]
@@ -110,16 +119,19 @@ def jackknife_error(values: list[float]) -> float:
 def check_sets(sets: Sets, name: str, least: int) -> None:
     """Raise `UserError` unless both sets have at least `least` finite examples of the same number of dimensions."""
     for what, x in (("generated", sets.generated), ("reference", sets.reference)):
-        if x.ndim != 2 or len(x) < least:
-            raise UserError(
-                f"{name} needs at least {least} {what} examples as vectors and got {tuple(x.shape)}: take more of them"
-            )
-        if not bool(torch.isfinite(x).all()):
-            raise UserError(
-                f"{name}: some of the {what} features are not finite: look at the examples, or take more steps"
-            )
+        check_vectors(x, what, name, least)
     if sets.generated.shape[1] != sets.reference.shape[1]:
         raise UserError(
             f"{name} compares vectors of {sets.generated.shape[1]} and of {sets.reference.shape[1]} dimensions: they "
             "have to come from the same extractor"
         )
+
+
+def check_vectors(x: Tensor | Rows, what: str, name: str, least: int) -> None:
+    """Raise `UserError` unless x, which holds `what`, has at least `least` finite vectors."""
+    if x.ndim != 2 or len(x) < least:
+        raise UserError(
+            f"{name} needs at least {least} {what} examples as vectors and got {tuple(x.shape)}: take more of them"
+        )
+    if not all(bool(torch.isfinite(part).all()) for part in (x.blocks(_BLOCK) if isinstance(x, Rows) else [x])):
+        raise UserError(f"{name}: some of the {what} features are not finite: look at the examples, or take more steps")

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sde.metrics.rows import Rows
+
 TILE = 2048  # examples on either side of a tile: 32 MiB in float64
 FEW = 16  # dimensions up to which differences are as fast as a product
 
@@ -25,13 +27,15 @@ def _tile(x: Tensor, y: Tensor) -> Tensor:
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist" if few else "use_mm_for_euclid_dist")
 
 
-def _tiles(y: Tensor, center: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+def _tiles(y: Tensor | Rows, center: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
     """Parts of `y` (m, D) less the center, in `dtype`, each with the number of its first row."""
     for start in range(0, len(y), TILE):
         yield start, (y[start : start + TILE].double() - center).to(dtype)
 
 
-def _center(x: Tensor) -> Tensor:
+def _center(x: Tensor | Rows) -> Tensor:
+    if isinstance(x, Rows):
+        return sum(block.sum(0, dtype=torch.float64) for block in x.blocks(TILE)) / len(x)  # type: ignore[return-value]
     return torch.mean(x, dim=0, dtype=torch.float64)
 
 
@@ -44,12 +48,12 @@ def distance_sum(x: Tensor, y: Tensor) -> float:
     return total
 
 
-def nearest(x: Tensor, y: Tensor, count: int = 1, *, same: bool = False) -> tuple[Tensor, Tensor]:
+def nearest(x: Tensor, y: Tensor | Rows, count: int = 1, *, same: bool = False) -> tuple[Tensor, Tensor]:
     """The `count` nearest rows of y (m, D) for each row of x (n, D).
 
     Args:
         x: where to look from.
-        y: among what to look; at least `count` rows.
+        y: among what to look; at least `count` rows. Of `Rows` no more than a tile is made at a time.
         count: neighbors of each.
         same: x and y are the same set, and no row is a neighbor of its own.
 
@@ -77,7 +81,7 @@ def nearest(x: Tensor, y: Tensor, count: int = 1, *, same: bool = False) -> tupl
     return exact, index.gather(1, order)
 
 
-def _paired(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+def _paired(x: Tensor, y: Tensor | Rows, index: Tensor) -> Tensor:
     """|x_i - y_index[i]|, (n,), float64."""
     parts = zip(x.split(TILE), index.split(TILE), strict=True)
     return torch.cat([(rows.double() - y[which].double()).norm(dim=1) for rows, which in parts])

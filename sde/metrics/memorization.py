@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 
 from sde.errors import UserError, check_number
-from sde.metrics.base import Metric, Sets, check_sets, register
+from sde.metrics.base import Metric, Sets, check_sets, check_vectors, register
 from sde.metrics.distances import nearest, shuffled
+from sde.metrics.rows import Rows
 
 
 def closest_pairs(generated: Tensor, reference: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +80,7 @@ class _Found:
         return [least(x) for x in (self.chosen, self.training, self.held_out, self.fresh)]
 
 
-def _by_group(x: Tensor, y: Tensor, groups: int) -> np.ndarray:
+def _by_group(x: Tensor, y: Tensor | Rows, groups: int) -> np.ndarray:
     """Distances from x (n, D) to the nearest of each group of y (m, D), (n, groups); infinite to an empty one."""
     parts = [y[group::groups] for group in range(groups)]
     columns = [nearest(x, part)[0][:, 0] if len(part) else torch.full((len(x),), torch.inf) for part in parts]
@@ -91,7 +92,8 @@ def _by_group(x: Tensor, y: Tensor, groups: int) -> np.ndarray:
 class Memorization(Metric):
     """Whether generated examples are closer to the training data than to held-out data.
 
-    Distances are Euclidean. The reference must be the training data; where there are more of these than of held-out
+    Distances are Euclidean. `Sets.training` are the training data, of which a tile is in memory at a time, or the
+    reference where there are none; where there are more of these than of held-out
     data, or fewer, what is compared in equal numbers is drawn by the seed.
 
     Args:
@@ -124,15 +126,21 @@ class Memorization(Metric):
         check_number("quantile", self.quantile, above=0, below=1)
         check_number("examples", self.examples, at_least=2)
 
+    def used(self, sets: Sets) -> tuple[int, int]:
+        n, m = super().used(sets)
+        return min(n, self.examples), m
+
     def _measure(self, sets: Sets, groups: int) -> _Found:
+        data = sets.reference if sets.training is None else sets.training
         check_sets(sets, "memorization", 2)
+        check_vectors(data, "training", "memorization", 2)
         if sets.held_out is None:
             raise UserError(
                 "memorization needs data that the model was not trained on and got none: take a data set with a test "
                 "split"
             )
         check_sets(Sets(sets.generated, sets.held_out), "memorization with held-out data as reference", 2)
-        training = sets.reference[shuffled(len(sets.reference), sets.seed)]
+        training = data[shuffled(len(data), sets.seed)]
         held_out = sets.held_out[shuffled(len(sets.held_out), sets.seed, len(training))]
         generated = sets.generated[shuffled(len(sets.generated), sets.seed, self.examples)]
         equal = len(held_out)
