@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from sde.errors import UserError
+from sde.evaluation.card import drawn_sentences
+from sde.evaluation.scores import Floor, score
 from sde.metrics import METRICS, Metric, Sets
 from sde.metrics.base import jackknife_error
 from sde.metrics.frechet import FrechetDistance, Moments, frechet_distance
@@ -442,6 +444,47 @@ def test_ties_on_a_grid_by_brute_force() -> None:
         expected = brute_force(x, y, k)
         assert both(Sets(x, y), k) == pytest.approx(expected, abs=1e-12)
         assert both(Sets(x.float() + 1000, y.float() + 1000), k) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("metric", [PrecisionRecall, DensityCoverage])
+def test_at_most_so_many_examples_are_drawn_by_the_seed(metric: type[PrecisionRecall | DensityCoverage]) -> None:
+    """The numbers, and those without a group, are those of the drawn sets; where there are no more all are taken."""
+    sets = replace(two_sets(60, 45, 3), seed=7)
+
+    def rows(x: Tensor, n: int) -> Tensor:
+        return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(7))[:n]]
+
+    for examples, other in ((30, rows(sets.reference, 30)), (50, sets.reference)):
+        few, drawn = metric(examples=examples), Sets(rows(sets.generated, examples), other)
+        assert few.used(sets) == metric().used(drawn) == (examples, min(examples, 45))
+        assert few(sets) == metric()(drawn) != metric()(sets)
+        assert few.leave_out(sets, 4) == metric().leave_out(drawn, 4)
+    assert metric(examples=60)(sets) == metric(examples=None)(sets) == metric()(sets)
+    assert metric(examples=60).used(sets) == metric().used(sets) == (60, 45)
+    assert metric(examples=30)(replace(sets, seed=8)) != metric(examples=30)(sets)
+    with pytest.raises(UserError, match="examples=4 is out of range: it must be at least 5"):
+        metric(k=4, examples=4)
+    with pytest.raises(UserError, match="cannot be found among 8 examples without one of 2 groups"):
+        metric(k=4, examples=8).leave_out(sets, 2)
+
+
+def test_names_have_the_number_that_was_used() -> None:
+    """In the label; the floor is of as many where enough are held out, so that no third number is needed."""
+    sets, held_out = two_sets(60, 45, 3), normal(50, 3, seed=9)
+    fewer = [Sets(sets.generated[:50], sets.reference)]
+    for examples, n, at_floor in ((None, 60, 50), (40, 40, None), (55, 55, 50)):
+        metric, floor = PrecisionRecall(examples=examples), Floor(Sets(held_out, sets.reference), fewer)
+        precision, recall = score("pr", metric, [sets], "random", floor, groups=3)
+        assert (precision.label, recall.label) == (f"precision-random-{n}", f"recall-random-{n}")
+        assert (precision.n, precision.reference_n) == (n, min(n, 45))
+        assert precision.floor_n == min(n, 50)
+        assert (precision.value_at_floor_n is None) == (at_floor is None)
+    record = {"metrics": {"pr": {"k": 3, "examples": 55}, "dc": {"examples": None}}}
+    assert drawn_sentences({**record, "scores": [precision.to_dict(), recall.to_dict()]}) == [
+        "precision-random-55, recall-random-55: of 55 samples and 45 examples of the data, drawn by seed 0 where there "
+        "are more (pr.examples=55).",
+        "",
+    ]
 
 
 def test_identical_and_disjoint_sets() -> None:

@@ -56,7 +56,7 @@ def write_card(folder: Path, name: str, record: Mapping[str, Any]) -> Path:
 def card(name: str, record: Mapping[str, Any]) -> str:
     """The card as Markdown."""
     lines = [f"# {name}", "", *markdown(table(record["scores"])), "", f"Errors: {record['errors_of']}.", ""]
-    lines += [floor_sentence(record), ""]
+    lines += [*drawn_sentences(record), floor_sentence(record), ""]
     for picture, what in record["pictures"].items():
         lines += [f"![{what}]({picture})", "", f"*{what}*", ""]
     lines += ["## What the numbers depend on", "", *markdown(facts(record)), ""]
@@ -70,6 +70,19 @@ def card(name: str, record: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def drawn_sentences(record: Mapping[str, Any]) -> list[str]:
+    """Which numbers are of fewer examples than there are, by an option of their metric."""
+    lines = []
+    for name, options in record["metrics"].items():
+        of = [each for each in record["scores"] if each["metric"] == name]
+        if of and options.get("examples") is not None and of[0].get("n") is not None:
+            labels = ", ".join(each["label"] for each in of)
+            counts = f"{of[0]['n']} samples and {of[0]['reference_n']} examples of the data"
+            drawn = f"drawn by seed 0 where there are more ({name}.examples={options['examples']})"
+            lines += [f"{labels}: of {counts}, {drawn}.", ""]
+    return lines
 
 
 def floor_sentence(record: Mapping[str, Any]) -> str:

@@ -44,6 +44,8 @@ class Scored:
         floor_n: how many those were.
         value_at_floor_n: the value of that many samples only, where there are more; or None.
         error_at_floor_n: its standard error.
+        n: samples of a set that it is of; the metric may have drawn them from more.
+        reference_n: examples of the data that it is of.
     """
 
     metric: str
@@ -58,6 +60,8 @@ class Scored:
     floor_n: int | None = None
     value_at_floor_n: float | None = None
     error_at_floor_n: float | None = None
+    n: int | None = None
+    reference_n: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; null for numbers that it lacks."""
@@ -86,24 +90,28 @@ def score(
     if floor is not None:
         try:
             floors = _measure(metric, [floor.data], groups)
-            fewer = _measure(metric, floor.sets, groups) if floor.sets is not None else None
+            unlike = floor.sets is not None and metric.used(floor.sets[0])[0] < metric.used(sets[0])[0]
+            fewer = _measure(metric, floor.sets, groups) if floor.sets is not None and unlike else None
         except UserError:
             floors = fewer = None
+    n, reference_n = metric.used(sets[0])
     found = []
     for key in values[0]:
         scored = Scored(
             metric=name,
             name=key,
-            label=label_of(metric, key, features, len(sets[0].generated)),
+            label=label_of(metric, key, features, n),
             value=statistics.fmean(value[key] for value in values),
             error=errors[key],
             by_set=tuple(value[key] for value in values),
             better=metric.better[key],
             floor=floors[0][0][key] if floors else None,
             floor_error=floors[1][key] if floors else None,
-            floor_n=len(floor.data.generated) if floors and floor else None,
+            floor_n=metric.used(floor.data)[0] if floors and floor else None,
             value_at_floor_n=statistics.fmean(value[key] for value in fewer[0]) if fewer else None,
             error_at_floor_n=fewer[1][key] if fewer else None,
+            n=n,
+            reference_n=reference_n or None,  # none where statistics take the place of examples
         )
         found.append(scored)
     return found

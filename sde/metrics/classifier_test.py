@@ -146,10 +146,14 @@ class ClassifierTest(Metric):
         check_number("examples", self.examples, at_least=4)
         check_number("permutations", self.permutations, at_least=1)
 
+    def used(self, sets: Sets) -> tuple[int, int]:
+        n = min(len(sets.generated), len(sets.reference), self.examples)
+        return n, n
+
     def _pooled(self, sets: Sets) -> tuple[Tensor, Tensor]:
         """As many examples of either kind, alternating, (N, D), and which of them are generated, (N,)."""
         check_sets(sets, "c2st", max(4, self.neighbors))
-        n = min(len(sets.generated), len(sets.reference), self.examples)
+        n, _ = self.used(sets)
         x, y = (z[shuffled(len(z), sets.seed, n)] for z in (sets.generated, sets.reference))
         return torch.stack([x, y], dim=1).flatten(0, 1), torch.arange(2 * n) % 2 == 0
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from sde.errors import UserError, check_number
 from sde.metrics.base import Metric, Sets, check_sets, register
+from sde.metrics.distances import shuffled
 
 _BLOCK = 1 << 24  # distances in memory at a time: 128 MiB in float64
 _ROUNDING = 1e-12  # of a square of a distance, relative to the squares of the two vectors
@@ -89,21 +90,33 @@ def _smallest(x: Tensor, k: int) -> Tensor:
     return x.topk(min(k, x.shape[1]), dim=1, largest=False).values
 
 
-def _prepared(sets: Sets, name: str, k: int, groups: int) -> tuple[Tensor, Tensor]:
-    """Generated and reference vectors, centered and in float64.
+def _drawn(x: Tensor, examples: int | None, seed: int) -> Tensor:
+    """At most so many of x, chosen by the seed; x itself where it has no more."""
+    return x if examples is None or len(x) <= examples else x[shuffled(len(x), seed, examples).to(x.device)]
+
+
+def _counts(sets: Sets, examples: int | None) -> tuple[int, int]:
+    """How many of either set are drawn."""
+    n, m = (len(x) if examples is None else min(len(x), examples) for x in (sets.generated, sets.reference))
+    return n, m
+
+
+def _prepared(sets: Sets, name: str, k: int, examples: int | None, groups: int) -> tuple[Tensor, Tensor]:
+    """Generated and reference vectors, at most so many examples of either, centered and in float64.
 
     Raises:
         UserError: when there are too few for k neighbors besides the example itself, whichever group is left out.
     """
     check_sets(sets, name, k + 1)
-    for x in (sets.generated, sets.reference):
+    ours, theirs = (_drawn(x, examples, sets.seed) for x in (sets.generated, sets.reference))
+    for x in (ours, theirs):
         if groups and len(x) - -(-len(x) // groups) <= k:
             raise UserError(
                 f"{name}.k={k} neighbors cannot be found among {len(x)} examples without one of {groups} groups: take "
                 "more examples, or a smaller k"
             )
-    center = sets.reference.mean(0, dtype=torch.float64)
-    return sets.generated - center, sets.reference - center
+    center = theirs.mean(0, dtype=torch.float64)
+    return ours - center, theirs - center
 
 
 def _left(groups: int, numbers: Tensor) -> list[Tensor]:
@@ -118,15 +131,22 @@ class PrecisionRecall(Metric):
 
     Args:
         k: a ball reaches to the k-th nearest neighbor. Numbers grow with k and depend on the number of examples.
+        examples: at most as many of either set, drawn by the seed; None for all. The work grows with their square.
     """
 
     better: ClassVar[dict[str, str | float]] = {"precision": "higher", "recall": "higher"}
     labels: ClassVar[dict[str, str]] = {"precision": "precision", "recall": "recall"}
 
     k: int = 3
+    examples: int | None = None
 
     def __post_init__(self) -> None:
         check_number("k", self.k, at_least=1)
+        if self.examples is not None:
+            check_number("examples", self.examples, at_least=self.k + 1)
+
+    def used(self, sets: Sets) -> tuple[int, int]:
+        return _counts(sets, self.examples)
 
     def __call__(self, sets: Sets) -> dict[str, float]:
         return self._from(sets, 0)[0]
@@ -135,7 +155,7 @@ class PrecisionRecall(Metric):
         return self._from(sets, groups)
 
     def _from(self, sets: Sets, groups: int) -> list[dict[str, float]]:
-        x, y = _prepared(sets, "pr", self.k, groups)
+        x, y = _prepared(sets, "pr", self.k, self.examples, groups)
         ours, theirs = _Balls.of(x, self.k, groups), _Balls.of(y, self.k, groups)
         held = torch.zeros(len(theirs.radii), len(x), dtype=torch.bool, device=x.device)
         reached = torch.zeros(len(theirs.radii), len(y), dtype=torch.bool, device=x.device)
@@ -162,15 +182,22 @@ class DensityCoverage(Metric):
 
     Args:
         k: a ball reaches to the k-th nearest neighbor.
+        examples: at most as many of either set, drawn by the seed; None for all. The work grows with their square.
     """
 
     better: ClassVar[dict[str, str | float]] = {"density": 1.0, "coverage": "higher"}
     labels: ClassVar[dict[str, str]] = {"density": "density", "coverage": "coverage"}
 
     k: int = 5
+    examples: int | None = None
 
     def __post_init__(self) -> None:
         check_number("k", self.k, at_least=1)
+        if self.examples is not None:
+            check_number("examples", self.examples, at_least=self.k + 1)
+
+    def used(self, sets: Sets) -> tuple[int, int]:
+        return _counts(sets, self.examples)
 
     def __call__(self, sets: Sets) -> dict[str, float]:
         return self._from(sets, 0)[0]
@@ -179,7 +206,7 @@ class DensityCoverage(Metric):
         return self._from(sets, groups)
 
     def _from(self, sets: Sets, groups: int) -> list[dict[str, float]]:
-        x, y = _prepared(sets, "dc", self.k, groups)
+        x, y = _prepared(sets, "dc", self.k, self.examples, groups)
         radii = _Balls.of(y, self.k, groups).radii
         held = torch.zeros(radii.shape, dtype=torch.long, device=x.device)  # generated examples in each ball
         stay = _left(groups, torch.arange(len(x), device=x.device))
