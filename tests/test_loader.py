@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -148,6 +149,16 @@ def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
         Array(path, None, 4)
 
 
+def test_the_digest_of_an_array_is_that_of_its_file(tmp_path: Path) -> None:
+    for name, save in (("x.npz", np.savez_compressed), ("x.npy", np.save)):
+        path = tmp_path / name
+        save(path, pixels(COLOR).numpy())
+        samples = load_samples(path, COLOR, 4)
+        assert samples.digest() == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert torch.equal(samples.read(range(4, 9)), pixels(COLOR)[4:9])  # whatever has been read
+        assert load_samples(path, None, 1).digest() == samples.digest()
+
+
 # Pictures
 
 
@@ -167,6 +178,29 @@ def test_pictures_come_in_the_order_of_their_names(info: DataInfo, tmp_path: Pat
             assert [len(batch) for batch in samples] == [4, 4, 3]
             assert torch.equal(samples.read(range(5, 7)), x[5:7])
             assert samples.about == {"format": "pictures", "n": 11, "compressed": 0}
+
+
+def test_the_digest_of_pictures_is_of_names_and_bytes(tmp_path: Path) -> None:
+    folder, names = tmp_path / "folder", ["a.png", "b/c.png", "d.png"]
+    save_pictures(folder, pixels(COLOR, 3), names)
+    packed = tmp_path / "pictures.zip"
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:
+        for name in reversed(names):
+            file.write(folder / name, name)
+    (folder / "notes.txt").write_text("not a picture")
+    before = load_samples(folder, COLOR).digest()
+    assert len(bytes.fromhex(before)) == 32
+    assert load_samples(packed, COLOR, 1).digest() == before
+    found = {before}
+    (folder / "d.png").rename(folder / "e.png")  # the same order and pixels
+    found.add(load_samples(folder, COLOR).digest())
+    other, picture = (folder / "b" / "c.png"), (folder / "a.png")
+    content = picture.read_bytes()
+    picture.write_bytes(other.read_bytes())
+    found.add(load_samples(folder, COLOR).digest())
+    other.write_bytes(content)  # the same bytes in another order
+    found.add(load_samples(folder, COLOR).digest())
+    assert len(found) == 4
 
 
 def test_gray_and_color_change_without_loss_or_not_at_all(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ refused, and JPEG is told. An array is read from the .npz as it is unpacked, wit
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 import sys
@@ -70,6 +71,15 @@ class Samples(ABC):
 
         Raises:
             UserError: one is damaged, or unlike the others.
+        """
+
+    @abstractmethod
+    def digest(self) -> str:
+        """SHA-256, hexadecimal, of what is stored: of the bytes of an array's file, as `sha256sum` has it; of pictures,
+        of the names and bytes of all of them in order, the same in a folder and in a .zip of it. All is read for it.
+
+        Raises:
+            UserError: it cannot be read.
         """
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -158,6 +168,10 @@ class Array(Samples):
         if len(content) != count * size:
             raise UserError(f"samples={self.path} ends before example {rows.stop}: write the file anew")
         return self._arrange(np.frombuffer(content, self._dtype).reshape(count, *self._stored[1:]))
+
+    def digest(self) -> str:
+        with reading(self.path), open(self.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def _arrange(self, array: np.ndarray) -> Tensor:
         if self._layout == "floats":
@@ -270,6 +284,16 @@ class PictureFiles(Samples):
                     "all must have the same size"
                 )
         return torch.from_numpy(np.stack(found))
+
+    def digest(self) -> str:
+        found = hashlib.sha256()
+        for name in self._names:
+            content = self._files.read(name)
+            # lengths keep apart what stands in a name, in its file and in the next name
+            for part in (name.encode("utf-8", "surrogateescape"), content):
+                found.update(len(part).to_bytes(8, "big"))
+                found.update(part)
+        return found.hexdigest()
 
     def _decode(self, name: str) -> np.ndarray:
         """uint8 (C, H, W). Gray pictures become colored ones without loss; the other way only if they have no color."""
