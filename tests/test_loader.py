@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from sde.commands import write_samples
 from sde.data import DataInfo
 from sde.errors import UserError
 from sde.evaluation.loader import Array, Samples, load_samples
+from sde.files import write_json
 
 GRAY, COLOR = DataInfo("gray", (1, 6, 5)), DataInfo("color", (3, 6, 5))
 POINTS = DataInfo("points", (2,), kind="vectors")
@@ -157,6 +159,27 @@ def test_the_digest_of_an_array_is_that_of_its_file(tmp_path: Path) -> None:
         assert samples.digest() == hashlib.sha256(path.read_bytes()).hexdigest()
         assert torch.equal(samples.read(range(4, 9)), pixels(COLOR)[4:9])  # whatever has been read
         assert load_samples(path, None, 1).digest() == samples.digest()
+
+
+def test_how_samples_were_drawn_is_found_beside_them(tmp_path: Path) -> None:
+    path, beside = tmp_path / "samples.npz", tmp_path / "info.json"
+    write_samples(path, points(), POINTS, None)
+    facts = {"solver": "heun", "steps": 20, "nfe": 41, "n": 11, "seeds": {"seed": 3, "samples": [0, 10]}, "x": 0.5}
+    assert load_samples(path, POINTS).info is None
+    write_json(beside, {**facts, "end": float("inf")})
+    assert load_samples(path, POINTS).info == {**facts, "end": "Infinity"}  # which JSON has no number for
+    path.rename(tmp_path / "others.npz")
+    assert load_samples(tmp_path / "others.npz", POINTS).info is None  # what is beside it need not be of it
+    (tmp_path / "others.npz").rename(path)
+    whole_text = json.dumps(facts)
+    deep = "[" * 100_000 + "]" * 100_000
+    damaged = [whole_text[:-5], "", "[1]", "null", deep, json.dumps({**facts, "n": 12}), "{}", '{"n": 1e999}']
+    for content in (*(text.encode() for text in damaged), b"\xff\xfe{", b" " * (1 << 24) + whole_text.encode()):
+        beside.write_bytes(content)
+        assert load_samples(path, POINTS).info is None
+    beside.unlink()
+    beside.mkdir()
+    assert load_samples(path, POINTS).info is None
 
 
 # Pictures

@@ -14,6 +14,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
+import math
 import os
 import sys
 import zipfile
@@ -36,7 +38,9 @@ from sde.distributed import say_once
 from sde.errors import UserError, check_number
 
 KEYS = ("samples", "images", "x", "data", "arr_0", "x_train")  # the first that there is
+WRITTEN = "samples.npz"  # by this package, with an info.json beside it
 LOSSY = (".jfif", ".jpeg", ".jpg", ".webp")  # .webp can be lossless, and seldom is
+_MAX_INFO = 1 << 24  # bytes of an info.json
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _DAMAGE = (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError)
 
@@ -46,20 +50,23 @@ class Samples(ABC):
 
     Args:
         path: where they are.
-        info: what they have to be like; None: they say it themselves.
+        like: what they have to be like; None: they say it themselves.
         batch_size: examples of a batch when it is iterated over.
 
     Attributes:
         shape: of an example.
         about: what the card says of them.
+        info: how they were drawn, as the info.json of `python -m sde.sample` (or `sde.decode`) beside its samples.npz
+            says; None where there is none that can be read and tells of as many. Infinities in it are words.
     """
 
     shape: tuple[int, ...]
     about: dict[str, Any]
+    info: dict[str, Any] | None = None
 
-    def __init__(self, path: Path, info: DataInfo | None, batch_size: int) -> None:
+    def __init__(self, path: Path, like: DataInfo | None, batch_size: int) -> None:
         check_number("batch_size", batch_size, at_least=1)
-        self.path, self.info, self.batch_size = path, info, batch_size
+        self.path, self.like, self.batch_size = path, like, batch_size
 
     @abstractmethod
     def __len__(self) -> int:
@@ -89,19 +96,19 @@ class Samples(ABC):
 
     def _check_like_data(self, kind: str) -> None:
         """Raise `UserError` unless the samples are like the data."""
-        if self.info is None:
+        if self.like is None:
             return
-        if kind != self.info.kind:
+        if kind != self.like.kind:
             fix = (
                 "save pictures as uint8, rounded to the nearest gray level"
                 if kind == "vectors"
                 else "save vectors as float32"
             )
-            raise UserError(f"samples={self.path} holds {kind} and {self.info.name} {self.info.kind}: {fix}")
-        if self.shape != tuple(self.info.shape):
+            raise UserError(f"samples={self.path} holds {kind} and {self.like.name} {self.like.kind}: {fix}")
+        if self.shape != tuple(self.like.shape):
             raise UserError(
-                f"samples={self.path} holds examples of shape {self.shape} and {self.info.name} has "
-                f"{tuple(self.info.shape)}: give samples of the same size and channels (they are not scaled here, "
+                f"samples={self.path} holds examples of shape {self.shape} and {self.like.name} has "
+                f"{tuple(self.like.shape)}: give samples of the same size and channels (they are not scaled here, "
                 "since how that is done changes the numbers)"
             )
 
@@ -134,8 +141,8 @@ def load_samples(path: str | Path, info: DataInfo | None = None, batch_size: int
 class Array(Samples):
     """The examples of an array in a .npz or .npy file."""
 
-    def __init__(self, path: Path, info: DataInfo | None, batch_size: int) -> None:
-        super().__init__(path, info, batch_size)
+    def __init__(self, path: Path, like: DataInfo | None, batch_size: int) -> None:
+        super().__init__(path, like, batch_size)
         self._key = self._find_key()
         with reading(path):
             self._stream = self._open()
@@ -145,7 +152,7 @@ class Array(Samples):
         if len(stored) < 2 or 0 in stored:
             raise UserError(f"samples={path} has the shape {stored}: it must be (N, ...) with at least one value")
         if self._dtype == np.uint8:
-            self._layout = layout_of(stored, info, path)
+            self._layout = layout_of(stored, like, path)
         elif self._dtype.kind == "f":
             self._layout = "floats"
         else:
@@ -153,6 +160,8 @@ class Array(Samples):
         self.shape = tuple(self._arrange(np.empty((0, *stored[1:]), self._dtype)).shape[1:])
         self._check_like_data("vectors" if self._layout == "floats" else "pixels")
         self.about = {"format": path.suffix[1:], "array": self._key, "type": str(self._dtype), "n": len(self)}
+        if path.name == WRITTEN:
+            self.info = info_beside(path, len(self))
 
     def __len__(self) -> int:
         return int(self._stored[0])
@@ -235,6 +244,22 @@ def read_header(stream: IO[bytes], path: Path) -> tuple[tuple[int, ...], bool, n
     return shape, fortran, dtype
 
 
+def info_beside(path: Path, n: int) -> dict[str, Any] | None:
+    """What the info.json beside a file says of its n samples; None if there is none, or it is damaged or of others."""
+    try:
+        with open(path.with_name("info.json"), "rb") as file:
+            content = file.read(_MAX_INFO + 1)
+        found = json.loads(content, parse_constant=str, parse_float=_number) if len(content) <= _MAX_INFO else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and found.get("n") == n else None
+
+
+def _number(text: str) -> float | str:
+    """A number of JSON; as it is written where it is too large."""
+    return value if math.isfinite(value := float(text)) else text
+
+
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
     """A context in which whatever a damaged file of arrays leads to becomes one sentence."""
@@ -252,8 +277,8 @@ def reading(path: Path) -> Iterator[None]:
 class PictureFiles(Samples):
     """The pictures in a folder, with its sub-folders, or in a .zip."""
 
-    def __init__(self, path: Path, info: DataInfo | None, batch_size: int) -> None:
-        super().__init__(path, info, batch_size)
+    def __init__(self, path: Path, like: DataInfo | None, batch_size: int) -> None:
+        super().__init__(path, like, batch_size)
         try:
             self._files: Files = open_files(path)
         except UserError as error:
@@ -262,7 +287,7 @@ class PictureFiles(Samples):
         if not self._names:
             raise UserError(f"samples={path} holds no pictures: they end in {', '.join(SUFFIXES)}")
         first = self._files.read(self._names[0])
-        self._gray = is_gray(first) if info is None or info.kind != "pixels" else info.shape[0] == 1
+        self._gray = is_gray(first) if like is None or like.kind != "pixels" else like.shape[0] == 1
         self.shape = tuple(self._decode(self._names[0]).shape)
         self._check_like_data("pixels")
         lossy = [name for name in self._names if name.lower().endswith(LOSSY)]
