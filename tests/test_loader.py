@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import struct
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from torch import Tensor
 from sde.commands import write_samples
 from sde.data import DataInfo
 from sde.errors import UserError
-from sde.evaluation.loader import Array, Samples, load_samples
+from sde.evaluation.loader import Array, Samples, changes_of, load_samples
 from sde.files import write_json
 
 GRAY, COLOR = DataInfo("gray", (1, 6, 5)), DataInfo("color", (3, 6, 5))
@@ -151,6 +154,24 @@ def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
         Array(path, None, 4)
 
 
+@pytest.mark.parametrize("bad", [np.nan, -np.inf, 1e300])
+def test_examples_that_are_not_finite_are_named(bad: float, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """Whichever batch is read first, the sentence tells the first of all of them and how many there are."""
+    x = points().double().numpy()
+    x[6, 1] = x[9, 0] = x[9, 1] = bad
+    np.savez(tmp_path / "x.npz", samples=x)
+    np.save(tmp_path / "x.npy", np.asfortranarray(x))
+    for name in ("x.npz", "x.npy"):
+        samples = load_samples(tmp_path / name, POINTS, 4)
+        assert np.array_equal(samples.read(range(6)).numpy(), x[:6].astype(np.float32))
+        for rows in (range(4, 8), range(8, 11)):
+            with pytest.raises(UserError) as found:
+                samples.read(rows)
+            told = "2 of the 11 examples are not finite in float32, the first of them number 6,"
+            assert str(found.value).startswith(f"samples={tmp_path / name}: {told}")
+    assert not recwarn.list
+
+
 def test_the_digest_of_an_array_is_that_of_its_file(tmp_path: Path) -> None:
     for name, save in (("x.npz", np.savez_compressed), ("x.npy", np.save)):
         path = tmp_path / name
@@ -236,6 +257,76 @@ def test_gray_and_color_change_without_loss_or_not_at_all(tmp_path: Path) -> Non
     save_pictures(tmp_path / "color", pixels(COLOR, 3), names)
     with pytest.raises(UserError, match=r"a\.png' has colors among gray pictures"):
         load_samples(tmp_path / "color", GRAY)
+
+
+def png_of_16_bits(values: np.ndarray, color: int) -> bytes:
+    """A PNG of uint16 (H, W, channels); color as its header has it: 0 gray, 2 RGB, 4 and 6 the same with alpha."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, color, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    return b"".join(
+        [b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    )
+
+
+def encoded(array: np.ndarray, form: str, mode: str | None = None, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image = Image.fromarray(array)
+    (image if mode is None else image.convert(mode)).save(file, form, **options)
+    return file.getvalue()
+
+
+def test_changes_of_pictures_are_counted(tmp_path: Path) -> None:
+    """Every way to store pictures that is not taken bit for bit, and none that is."""
+    color = pixels(COLOR, 1)[0].permute(1, 2, 0).numpy()
+    gray, wide = color[..., 0], color.astype(np.uint16) * 257
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    alpha, palette, bits = "alpha_on_white", "from_palette", "reduced_from_16_bits"
+    maps = {"P6": wide.astype(">u2").tobytes(), "P5": wide[..., 0].astype(">u2").tobytes()}
+    kept_rgb = [encoded(color, form) for form in ("PNG", "BMP", "PPM", "TIFF")]
+    kept_gray = [encoded(gray, form) for form in ("PNG", "BMP", "PPM", "TIFF")]
+    cases: list[tuple[bytes, bool, list[str]]] = [
+        *((content, False, []) for content in [*kept_rgb, *kept_gray]),
+        *((content, True, []) for content in kept_gray),
+        *((content, True, ["reduced_to_gray"]) for content in kept_rgb),
+        (encoded(gray, "PNG", "1"), True, []),
+        (png_of_16_bits(wide[..., :1], 0), True, [bits]),
+        (png_of_16_bits(wide, 2), False, [bits]),
+        (png_of_16_bits(wide[..., :2], 4), True, [bits, alpha]),
+        (png_of_16_bits(np.concatenate([wide, wide[..., :1]], 2), 6), False, [bits, alpha]),
+        (encoded(wide[..., 0], "TIFF"), False, [bits]),
+        (b"P6 5 6 65535\n" + maps["P6"], False, [bits]),
+        (b"P5 5 6 65535\n" + maps["P5"], True, [bits]),
+        (encoded(color, "PNG", "RGBA"), False, [alpha]),
+        (encoded(gray, "PNG", "LA"), True, [alpha]),
+        (encoded(np.concatenate([color, color[..., :1]], 2), "WEBP", lossless=True), False, [alpha]),
+        (encoded(color, "PNG", transparency=(1, 2, 3)), False, [alpha]),
+        (encoded(color, "PNG", "P"), False, [palette]),
+        (encoded(color, "PNG", "P", transparency=0), False, [alpha, palette]),
+        (encoded(color, "JPEG", "CMYK"), False, ["from_other_color_space"]),
+        (encoded(color, "JPEG", exif=turned), False, ["turned_by_exif"]),
+        (encoded(color, "PNG", exif=turned), False, ["turned_by_exif"]),
+        (b"not a picture", False, []),
+    ]
+    for number, (content, to_gray, expected) in enumerate(cases):
+        assert changes_of(content, to_gray) == expected, number
+
+
+def test_the_card_is_told_what_is_changed(tmp_path: Path) -> None:
+    x = pixels(COLOR, 4)
+    save_pictures(tmp_path, x, ["a.png", "b.png", "c.png", "d.png"])
+    array = x[1].permute(1, 2, 0).numpy()
+    (tmp_path / "b.png").write_bytes(encoded(array, "PNG", "RGBA"))
+    (tmp_path / "d.png").write_bytes(png_of_16_bits(x[3].permute(1, 2, 0).numpy().astype(np.uint16) * 257, 2))
+    samples = load_samples(tmp_path, COLOR, 2)
+    expected = {"format": "pictures", "n": 4, "compressed": 0, "reduced_from_16_bits": 1, "alpha_on_white": 1}
+    assert samples.about == expected  # before anything is read
+    assert torch.equal(whole(samples), x)
+    assert samples.about == expected
 
 
 def test_compression_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

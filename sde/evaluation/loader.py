@@ -2,7 +2,8 @@
 
 Samples are read a batch at a time, so that any number of them fits. Pictures are taken as they are: scaling or
 compressing them would change every number that is made of them (arXiv 2104.11222), so a picture of another size is
-refused, and JPEG is told. An array is read from the .npz as it is unpacked, without pickle, so that nothing can run.
+refused, and JPEG is told, as is what has to be changed to have 8 bits a channel and no transparency.
+An array is read from the .npz as it is unpacked, without pickle, so that nothing can run.
 
     samples = load_samples(Path("samples.npz"), info, batch_size=64)
     for batch in samples:                 # uint8 (B, C, H, W), or float32 (B, ...)
@@ -21,8 +22,10 @@ import sys
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,6 +43,13 @@ from sde.errors import UserError, check_number
 KEYS = ("samples", "images", "x", "data", "arr_0", "x_train")  # the first that there is
 WRITTEN = "samples.npz"  # by this package, with an info.json beside it
 LOSSY = (".jfif", ".jpeg", ".jpg", ".webp")  # .webp can be lossless, and seldom is
+CHANGES = (
+    *("reduced_from_16_bits", "alpha_on_white", "reduced_to_gray", "from_palette", "from_other_color_space"),
+    "turned_by_exif",
+)
+"""What decoding does to pictures besides unpacking them; a gray picture becomes a colored one without loss."""
+_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")  # modes with transparency
+_ORIENTATION = 0x0112  # tag of EXIF
 _MAX_INFO = 1 << 24  # bytes of an info.json
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _DAMAGE = (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError)
@@ -55,13 +65,11 @@ class Samples(ABC):
 
     Attributes:
         shape: of an example.
-        about: what the card says of them.
         info: how they were drawn, as the info.json of `python -m sde.sample` (or `sde.decode`) beside its samples.npz
             says; None where there is none that can be read and tells of as many. Infinities in it are words.
     """
 
     shape: tuple[int, ...]
-    about: dict[str, Any]
     info: dict[str, Any] | None = None
 
     def __init__(self, path: Path, like: DataInfo | None, batch_size: int) -> None:
@@ -72,12 +80,17 @@ class Samples(ABC):
     def __len__(self) -> int:
         """How many there are."""
 
+    @property
+    @abstractmethod
+    def about(self) -> dict[str, Any]:
+        """What the card says of them: format, n, and of pictures how many have to be changed in which way."""
+
     @abstractmethod
     def read(self, rows: range) -> Tensor:
         """Examples number `rows` (of step 1): uint8 (B, C, H, W) or float32 (B, ...). Fastest in ascending order.
 
         Raises:
-            UserError: one is damaged, or unlike the others.
+            UserError: one is damaged, unlike the others, or not finite.
         """
 
     @abstractmethod
@@ -159,14 +172,37 @@ class Array(Samples):
             raise UserError(f"samples={path} has the type {self._dtype}: pictures are uint8, vectors float32")
         self.shape = tuple(self._arrange(np.empty((0, *stored[1:]), self._dtype)).shape[1:])
         self._check_like_data("vectors" if self._layout == "floats" else "pixels")
-        self.about = {"format": path.suffix[1:], "array": self._key, "type": str(self._dtype), "n": len(self)}
         if path.name == WRITTEN:
             self.info = info_beside(path, len(self))
 
     def __len__(self) -> int:
         return int(self._stored[0])
 
+    @property
+    def about(self) -> dict[str, Any]:
+        form = self.path.suffix[1:]
+        return {"format": form, "array": self._key, "type": str(self._dtype), "n": len(self)}
+
     def read(self, rows: range) -> Tensor:
+        found = self._read(rows)
+        if self._layout == "floats" and not bool(torch.isfinite(found).all()):
+            self._refuse_infinite()
+        return found
+
+    def _refuse_infinite(self) -> None:
+        """Look through all, so that each of several processes says the same."""
+        first, count = None, 0
+        for start in range(0, len(self), self.batch_size):
+            bad = ~torch.isfinite(self._read(range(start, min(start + self.batch_size, len(self))))).flatten(1).all(1)
+            if first is None and bool(bad.any()):
+                first = start + int(bad.int().argmax())
+            count += int(bad.sum())
+        raise UserError(
+            f"samples={self.path}: {count} of the {len(self)} examples are not finite in float32, the first of them "
+            f"number {first}, counted from 0: find out why, as leaving them out would make samples look better"
+        )
+
+    def _read(self, rows: range) -> Tensor:
         if self._whole is not None:
             return self._arrange(self._whole[rows.start : rows.stop])
         count, size = len(rows), int(np.prod(self._stored[1:])) * self._dtype.itemsize
@@ -184,7 +220,8 @@ class Array(Samples):
 
     def _arrange(self, array: np.ndarray) -> Tensor:
         if self._layout == "floats":
-            return torch.from_numpy(array.astype(np.float32))
+            with np.errstate(over="ignore", invalid="ignore"):  # becomes infinite, which `read` finds
+                return torch.from_numpy(array.astype(np.float32))
         if self._layout == "nhw":
             array = array[:, None]
         elif self._layout == "nhwc":
@@ -290,13 +327,16 @@ class PictureFiles(Samples):
         self._gray = is_gray(first) if like is None or like.kind != "pixels" else like.shape[0] == 1
         self.shape = tuple(self._decode(self._names[0]).shape)
         self._check_like_data("pixels")
-        lossy = [name for name in self._names if name.lower().endswith(LOSSY)]
-        self.about = {"format": "pictures", "n": len(self), "compressed": len(lossy)}
-        if lossy:
-            self._warn(lossy)
+        self._lossy = sum(name.lower().endswith(LOSSY) for name in self._names)
+        if self._lossy:
+            self._warn()
 
     def __len__(self) -> int:
         return len(self._names)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {"format": "pictures", "n": len(self), "compressed": self._lossy, **self._survey[1]}
 
     def read(self, rows: range) -> Tensor:
         names = self._names[rows.start : rows.stop]
@@ -311,14 +351,20 @@ class PictureFiles(Samples):
         return torch.from_numpy(np.stack(found))
 
     def digest(self) -> str:
-        found = hashlib.sha256()
+        return self._survey[0]
+
+    @cached_property
+    def _survey(self) -> tuple[str, dict[str, int]]:
+        """The digest, and how many are changed in which way, as their headers say; all files are read once for it."""
+        digest, changes = hashlib.sha256(), Counter[str]()
         for name in self._names:
             content = self._files.read(name)
             # lengths keep apart what stands in a name, in its file and in the next name
             for part in (name.encode("utf-8", "surrogateescape"), content):
-                found.update(len(part).to_bytes(8, "big"))
-                found.update(part)
-        return found.hexdigest()
+                digest.update(len(part).to_bytes(8, "big"))
+                digest.update(part)
+            changes.update(changes_of(content, self._gray))
+        return digest.hexdigest(), {name: changes[name] for name in CHANGES if changes[name]}
 
     def _decode(self, name: str) -> np.ndarray:
         """uint8 (C, H, W). Gray pictures become colored ones without loss; the other way only if they have no color."""
@@ -329,9 +375,9 @@ class PictureFiles(Samples):
             raise UserError(f"{self._files.describe(name)} has colors among gray pictures: save it with one channel")
         return np.ascontiguousarray(pixels[:1])
 
-    def _warn(self, lossy: list[str]) -> None:
+    def _warn(self) -> None:
         sentence = (
-            f"warning: {len(lossy)} of the {len(self)} pictures in samples={self.path} are JPEG or WebP, whose "
+            f"warning: {self._lossy} of the {len(self)} pictures in samples={self.path} are JPEG or WebP, whose "
             "compression alone changes FID and its kin: compare with others that are saved so, or save PNG"
         )
         if say_once(sentence):
@@ -342,6 +388,50 @@ def is_gray(content: bytes) -> bool:
     """Whether a picture file has one channel, as it is stored; False for what cannot be opened."""
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            return image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
+            return _is_gray(image)
     except Exception:  # `decode` says what is wrong
         return False
+
+
+def changes_of(content: bytes, to_gray: bool) -> list[str]:
+    """Those of `CHANGES` that `decode` makes to a picture file, by its header alone.
+
+    Args:
+        content: the bytes of the file; nothing is found in what cannot be opened.
+        to_gray: whether one channel is kept.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            has_exif = image.format != "PNG" or "exif" in image.info  # looking further decodes a PNG
+            found = {
+                "reduced_from_16_bits": _is_wide(image),
+                "alpha_on_white": image.mode in _ALPHA or "transparency" in image.info,
+                "reduced_to_gray": to_gray and not _is_gray(image),
+                "from_palette": image.mode in ("P", "PA"),
+                "from_other_color_space": image.mode in ("CMYK", "HSV", "LAB", "YCbCr"),
+                "turned_by_exif": has_exif and image.getexif().get(_ORIENTATION, 1) in range(2, 9),
+            }
+            return [name for name in CHANGES if found[name]]
+    except Exception:  # `decode` says what is wrong
+        return []
+
+
+def _layout(image: Image.Image) -> str:
+    """How the pixels of an opened picture are stored ("LA;16B"), which its mode ("RGBA") need not tell."""
+    arguments = image.tile[0][3] if getattr(image, "tile", None) else None  # type: ignore[attr-defined]
+    first = arguments[0] if isinstance(arguments, tuple | list) and arguments else arguments
+    return first if isinstance(first, str) else image.mode
+
+
+def _is_gray(image: Image.Image) -> bool:
+    return image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I") or _layout(image).startswith("LA;")
+
+
+def _is_wide(image: Image.Image) -> bool:
+    """Whether channels have more than 8 bits."""
+    if image.mode.startswith("I"):
+        return True
+    if image.format == "PPM":
+        arguments = image.tile[0][3]  # type: ignore[attr-defined]
+        return isinstance(arguments, tuple) and arguments[-1] > 255  # the largest value
+    return image.format in ("PNG", "TIFF") and ";16" in _layout(image)  # a BMP has 16 bits of all channels together
