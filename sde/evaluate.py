@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sde.cli import Interrupted, add_data_overrides, run_command
+from sde.cli import Interrupted, add_data_overrides, run_command, task_overrides
 from sde.commands import (
     BAR,
+    Model,
     check_settings,
     chosen_grid,
     class_labels,
@@ -50,7 +51,7 @@ from sde.evaluation.reference import (
     write_reference,
     write_statistics,
 )
-from sde.evaluation.samples import Described, Drawn, describe_file
+from sde.evaluation.samples import Described, Drawn, describe_file, forget_given_up
 from sde.evaluation.scores import Floor, Scored, score
 from sde.evaluation.torchscript import SUFFIXES
 from sde.metrics import METRICS, Metric, Rows, Sets
@@ -64,6 +65,8 @@ ALIASES = {"fid": ("fd", "inception"), "fd_dinov2": ("fd", "dinov2")}
 """Names that published numbers go by: the metric, and the features that make it so."""
 PICTURES = ("fd", "kid", "pr", "dc")
 LABELED = ("is",)
+MOST = 10**8  # samples; so many features are a terabyte
+SAYS = ("checkpoint", "ema", "solver", "options", "grid", "steps", "nfe", "n", "seeds", "noise", "label", "precision")
 POINTS = ("wasserstein", "grid_kl", "energy", "swd", "c2st")
 
 
@@ -99,6 +102,7 @@ def evaluate(config: dict[str, Any]) -> None:
     logger: Logger = build(config["logger"], "logger")
     task = make_task(config, device)
     folder = task.model.run.path / "evaluations" if config["out"] is None else Path(str(config["out"])).expanduser()
+    on_main(lambda: forget_given_up(folder))
     against = references(task)
     drawn, sampling, sources = samples_of(task, folder)
     diagnostics, likelihood = diagnosed(task), likelihoods(task)
@@ -140,6 +144,10 @@ def check_options(config: Mapping[str, Any]) -> None:
             raise UserError(f"{option}={value!r} must be a whole number")
         check_number(option, value, at_least=least)
     check_choice("reference_split", config["reference_split"], ("train", "test"))
+    check_number("n", config["n"], at_most=MOST)
+    given = next((word for word in reversed(task_overrides()) if word.startswith("n=")), None)
+    if config["samples"] is not None and given is not None:
+        raise UserError(f"samples={config['samples']} is taken whole: leave {given} out")
     if config["samples"] is not None and len(seeds) > 1:
         raise UserError(f"samples={config['samples']} is one set: leave seeds={seeds} out")
     if config["reference"] is not None and config["reference_n"] is not None:
@@ -309,8 +317,9 @@ def samples_of(task: Task, folder: Path) -> tuple[list[Described], dict[str, Any
     config, model = task.config, task.model
     if config["samples"] is not None:
         samples = load_samples(Path(str(config["samples"])).expanduser(), model.info, config["batch_size"])
-        found = describe_file(samples, task.extractor, config["batch_size"], config["examples"])
-        return [found], {"samples": str(samples.path), "file": samples.about}, []
+        sampling = {"samples": str(samples.path), "file": samples.about, "digest": samples.digest()}
+        sampling |= drawn_by(samples.path, samples.info, model)
+        return [describe_file(samples, task.extractor, config["batch_size"], config["examples"])], sampling, []
     solver: Solver = build(config["solver"], "solver")
     grid = chosen_grid(dict(config))
     times = make_times(solver, model.denoiser, grid, config["steps"])
@@ -336,6 +345,22 @@ def samples_of(task: Task, folder: Path) -> tuple[list[Described], dict[str, Any
         sets.append(drawn.collected())
         sources.append(drawn)
     return sets, without_infinities(sampling), sources
+
+
+def drawn_by(path: Path, info: Mapping[str, Any] | None, model: Model) -> dict[str, Any]:
+    """How python -m sde.sample drew the samples of a file, where it says so beside them; and whether of this model.
+
+    Args:
+        path: of the samples.
+        info: what it says.
+        model: that they may be of.
+    """
+    if info is None:
+        return {"of_the_model": False, "drawn": None}
+    named, ours = Path(str(info.get("checkpoint", ""))), model.checkpoint.path
+    inside = named.name == ours.name and path.resolve().is_relative_to(model.run.path.resolve())  # which may have moved
+    drawn = {name: info[name] for name in SAYS if info.get(name) is not None}
+    return {"of_the_model": inside or named.resolve() == ours.resolve(), "drawn": without_infinities(drawn)}
 
 
 def draw(drawn: Drawn, task: Task) -> None:
@@ -422,14 +447,18 @@ def all_scores(task: Task, drawn: Sequence[Described], against: Against) -> list
     """All numbers of all metrics."""
     found: list[Scored] = []
     known: dict[str, tuple[list[Sets], Floor | None]] = {}
-    for name, metric in task.metrics.items():
-        kind = "memorization" if metric.needs_held_out else "examples" if metric.of == "examples" else "features"
-        if kind not in known:
-            make = {"memorization": sets_beside_all, "examples": sets_of_examples, "features": sets_of_features}[kind]
-            known[kind] = make(task, drawn, against)
-        if name == "fd" and against.statistics is not None:
-            metric = ToGaussian.from_statistics(against.statistics, getattr(metric, "unbiased", True))
-        found += score(name, metric, known[kind][0], task.extractor.name, known[kind][1], task.config["groups"])
+    with progress_bar(len(task.metrics), unit="metric", desc="metrics") as bar:
+        for name, metric in task.metrics.items():
+            bar.set_postfix_str(name)
+            kind = "memorization" if metric.needs_held_out else "examples" if metric.of == "examples" else "features"
+            if kind not in known:
+                make = {"memorization": sets_beside_all, "examples": sets_of_examples, "features": sets_of_features}
+                known[kind] = make[kind](task, drawn, against)
+            if name == "fd" and against.statistics is not None:
+                metric = ToGaussian.from_statistics(against.statistics, getattr(metric, "unbiased", True))
+            sets, floor = known[kind]
+            found += score(name, metric, sets, task.extractor.name, floor, task.config["groups"])
+            bar.update()
     return found
 
 

@@ -11,18 +11,21 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import scipy.stats
 import torch
 from torch import Tensor
 
 from sde.commands import Model, note_result
 from sde.config import build
 from sde.data import DataInfo, Dataset
-from sde.evaluation.card import free_name, write_card, write_overview
+from sde.distributed import world
+from sde.evaluation.card import free_name, write_card
 from sde.evaluation.diagnostics import Diagnostic, save_diagnostics
 from sde.evaluation.digests import digest_of_tensors
 from sde.evaluation.extractors import Extractor
 from sde.evaluation.likelihood import likelihood_numbers, likelihood_rows, likelihood_way
 from sde.evaluation.model import Asked, exact_of, means
+from sde.evaluation.overview import write_overview
 from sde.evaluation.reference import Reference, Statistics
 from sde.evaluation.samples import Described
 from sde.evaluation.scores import Scored, table, thousands
@@ -125,14 +128,10 @@ class Found:
 
 def describe(task: Task, against: Against, found: Found) -> dict[str, Any]:
     """The record of an evaluation: all that its numbers depend on."""
-    config, n, several = task.config, len(found.drawn[0]), len(found.drawn) > 1
-    sides = "of the samples" if against.statistics is not None else "of both sides"
+    n = len(found.drawn[0])
     return {
         "scores": [each.to_dict() for each in found.scores],
-        "errors_of": f"standard errors of the mean over {len(found.drawn)} sets of samples, from their spread (those "
-        f"of the data: by the jackknife over {config['groups']} groups of examples)"
-        if several
-        else f"standard errors of one set, by the jackknife over {config['groups']} groups of examples {sides}",
+        "errors_of": errors_of(task.config["groups"], len(found.drawn), against.statistics is not None),
         "n": n,
         "model": describe_model(task),
         "sampling": dict(found.sampling),
@@ -151,6 +150,25 @@ def describe(task: Task, against: Against, found: Found) -> dict[str, Any]:
         "versions": versions(task.device),
         "command": shlex.join(["python", "-m", "sde.evaluate", *sys.argv[1:]]),
     }
+
+
+def errors_of(groups: int, sets: int, statistics: bool) -> str:
+    """What the errors are, in words.
+
+    Args:
+        groups: of the jackknife.
+        sets: of samples.
+        statistics: that the data are known by mean and covariance alone.
+    """
+    if sets == 1:
+        sides = "of the samples" if statistics else "of both sides"
+        return f"standard errors of one set, by the jackknife over {groups} groups of examples {sides}"
+    once, twice = (2 * scipy.stats.t.cdf(k, sets - 1) - 1 for k in (1, 2))
+    return (
+        f"standard errors of the mean over {sets} sets of samples, from their spread: of so few, +- 1 covers "
+        f"{once:.0%} and +- 2 {twice:.0%} of cases; the data are the same for all (errors of their "
+        f"own numbers: by the jackknife over {groups} groups of examples)"
+    )
 
 
 def describe_model(task: Task) -> dict[str, Any]:
@@ -201,6 +219,9 @@ def cost(task: Task, found: Found) -> dict[str, Any]:
         mean = sum(nfe) / len(nfe)
         rows = {"nfe": int(mean) if mean == int(mean) else round(mean, 2)}
         rows["milliseconds_per_sample"] = round(1000 * seconds / n, 3)
+        rows["processes"] = world().size  # whose times are added
+    elif (drawn := found.sampling.get("drawn")) and isinstance(drawn.get("nfe"), int | float):
+        rows = {"nfe": drawn["nfe"]}
     return rows | {"seconds_of_metrics": round(found.seconds, 2)}
 
 
@@ -315,7 +336,7 @@ def print_table(record: Mapping[str, Any]) -> None:
     print_rows(table(record["scores"]))
     if record["likelihood_of_splits"]:
         print_rows(likelihood_rows(record["likelihood_of_splits"]))
-    if "nfe" in record["cost"]:
+    if "milliseconds_per_sample" in record["cost"]:
         print(f"{record['cost']['nfe']} evaluations and {record['cost']['milliseconds_per_sample']} ms a sample")
 
 
@@ -328,7 +349,10 @@ def print_rows(rows: Sequence[Mapping[str, str]]) -> None:
 
 
 def note(task: Task, record: Mapping[str, Any], card: Path, logger: Logger) -> None:
-    """A line in the run's metrics.jsonl, and what the logger is to show."""
+    """A line in the run's metrics.jsonl, and what the logger is to show; not of samples that may be another's."""
+    if not record["sampling"].get("of_the_model", True):
+        print(f"not in the metrics of {task.model.run.path}: nothing says that these samples are of its checkpoint")
+        return
     numbers = {f"evaluation/{each['label']}": each["value"] for each in record["scores"] if each["value"] is not None}
     errors = {
         f"evaluation/{each['label']}/error": each["error"] for each in record["scores"] if each["error"] is not None

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import statistics
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from torch import Tensor
 
 from sde.data import DATASETS, Dataset, Order
 from sde.denoiser import GaussianMixtureDenoiser
+from sde.evaluate_results import errors_of
 from sde.evaluation import samples as drawing
-from sde.evaluation.card import names_of
 from sde.evaluation.extractors import EXTRACTORS, Extractor
 from sde.evaluation.gaussian import ToGaussian
 from sde.evaluation.model import Asked
+from sde.evaluation.overview import names_of
 from sde.evaluation.reference import Statistics
 from sde.evaluation.scores import label_of, with_error
 from sde.metrics import METRICS, Sets
@@ -155,8 +157,66 @@ def test_every_way_to_the_same_samples(
     found = evaluated(pixel_run, *options, out=str(tmp_path / "o"))
     assert values(found)["fd"] == pytest.approx(values(drawn)["fd"], rel=1e-6)
     assert values(found) == pytest.approx(values(drawn), rel=1e-6, abs=1e-9)
-    assert "nfe" not in found["cost"]
     assert found["sampling"]["file"]["n"] == 40
+    if way == "npz":  # an info.json says how they were drawn
+        assert found["cost"]["nfe"] == 5
+        assert found["sampling"]["drawn"]["solver"] == "heun"
+        assert found["sampling"]["of_the_model"]
+        assert values(found)["fd"] == read_metrics(pixel_run / "runs/g/metrics.jsonl")[-1]["evaluation/FD-random-40"]
+    else:
+        assert "nfe" not in found["cost"]
+        assert not found["sampling"]["of_the_model"]
+
+
+def test_samples_of_others_are_not_the_models(pixel_run: Path, tmp_path: Path) -> None:
+    """What is in a file tells evaluations apart, and no number of foreign samples becomes one of the run."""
+    lines = len(read_metrics(pixel_run / "runs/g/metrics.jsonl"))
+    options = ["features=random", "groups=3", "metric=fd", f"out={tmp_path / 'o'}"]
+    for seed in (0, 1, 1):
+        x = torch.randint(0, 256, (12, 1, 8, 8), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+        done = command("sde.evaluate", write(tmp_path / "x.npz", x), *options, folder=pixel_run)
+        assert done.code == 0, done.err
+        assert "nothing says that these samples are of its checkpoint" in done.out
+    assert len(read_metrics(pixel_run / "runs/g/metrics.jsonl")) == lines
+    records = [read(path) for path in (tmp_path / "o").glob("*.json")]
+    digests = {record["sampling"]["digest"] for record in records}
+    assert len(records) == len(digests) == 2
+    table = (tmp_path / "o" / "table.md").read_text()
+    card = next((tmp_path / "o").glob("x-*.md")).read_text()
+    assert all(f"content {digest[:8]}" in table for digest in digests)
+    assert "nothing says that the samples are its own" in card
+    assert any(f"SHA-256 {digest[:16]}" in card for digest in digests)
+
+
+def test_a_column_is_of_the_same_options(point_run: Path, tmp_path: Path) -> None:
+    """The same name under other options of the metric, or of other seeds, never shares a column, a row or a curve."""
+    options = ["solver=euler", "n=20", "groups=2", f"out={tmp_path / 'o'}"]
+    for words in (
+        ["metric=swd", "steps=2", "swd.p=1"],
+        ["metric=swd", "steps=3", "swd.p=2"],
+        ["metric=swd", "steps=4", "swd.p=2"],
+        ["metric=wasserstein", "steps=2", "seeds=[7]"],
+    ):
+        done = command("sde.evaluate", *options, *words, folder=point_run)
+        assert done.code == 0, done.err
+    header, _, *rows = [line for line in (tmp_path / "o" / "table.md").read_text().splitlines() if line[:1] == "|"]
+    titles = [title.strip() for title in header.split("|")[1:-1]]
+    cells = [dict(zip(titles, map(str.strip, row.split("|")[1:-1]), strict=True)) for row in rows]
+    assert {"SWD-20 (p 1)", "SWD-20 (p 2)", "Wasserstein-20"} < {*titles}
+    filled = [[title for title in titles[4:] if cell[title]] for cell in cells if cell["NFE"]]
+    assert sorted(filled) == [["SWD-20 (p 1)"], ["SWD-20 (p 2)"], ["SWD-20 (p 2)"], ["Wasserstein-20"]]
+    assert {cell["sets"] for cell in cells if cell["NFE"] == "3"} == {"1 (seeds 0)", "1 (seeds 7)"}
+    curves = {path.name for path in (tmp_path / "o").glob("quality_cost_*")}
+    assert curves == {"quality_cost_swd_swd__p_2.png"}
+
+
+def test_few_sets_cover_less(pixel_run: Path) -> None:
+    """+- one and two standard errors of k normal numbers cover what Student's t says: 0.58 and 0.82 for three."""
+    assert "+- 1 covers 58% and +- 2 82%" in errors_of(10, 3, False)
+    assert "covers 50%" in errors_of(10, 2, False)  # Cauchy
+    draws = torch.randn(20_000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    covered = (draws.mean(1).abs() <= draws.std(1) / math.sqrt(3)).double().mean()
+    assert float(covered) == pytest.approx(0.5774, abs=0.015)
 
 
 @pytest.fixture
@@ -237,9 +297,14 @@ def test_a_classifier_gives_scores_of_labels(pixel_run: Path, tmp_path: Path) ->
         "features.width=4",
         "is.splits=2",
     ]
-    record = evaluated(pixel_run, *options, "groups=3", out=str(tmp_path / "o"))
+    record = evaluated(pixel_run, *options, "groups=3", "pr.examples=16", out=str(tmp_path / "o"))
     assert {each["metric"] for each in record["scores"]} == {"fd", "kid", "pr", "dc", "is"}
-    assert record["scores"][0]["label"] == "FD-classifier-24"
+    labels = {each["name"]: each["label"] for each in record["scores"]}
+    assert labels["fd"] == "FD-classifier-24"
+    assert (labels["recall"], labels["coverage"]) == ("recall-classifier-16", "coverage-classifier-24")
+    (card,) = (tmp_path / "o").glob("euler*.md")
+    drawn = "of 16 samples and 16 examples of the data, drawn by seed 0 where there are more (pr.examples=16)"
+    assert drawn in card.read_text()
     file = record["features"]["file"]
     for words in (["features=module", f"features.path={file}"], [f"features.path={file}"], [f"features={file}"]):
         again = evaluated(pixel_run, *options[:3], *words, "metric=fd", "groups=3", out=str(tmp_path / "m"))
@@ -360,6 +425,17 @@ def test_a_sweep_makes_a_table_and_curves(pixel_run: Path) -> None:
     assert "heun, denoise no" in table
     assert "heun, denoise yes" in table
     assert "data themselves" not in table  # held-out data are fewer than the samples
+
+
+def test_what_was_given_up_goes_after_a_week(tmp_path: Path) -> None:
+    for name, days in ((".samples-old", 8), (".samples-new", 6), ("other", 80)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "00000000-00000008.safetensors").write_bytes(b"x")
+        for path in (tmp_path / name / "00000000-00000008.safetensors", tmp_path / name):
+            os.utime(path, (time.time() - days * 86400,) * 2)
+    drawing.forget_given_up(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".samples-new", "other"]
+    drawing.forget_given_up(tmp_path / "none")
 
 
 # Going on
@@ -555,6 +631,8 @@ def test_names_tell_apart_what_differs() -> None:
         (["metric=is"], "needs class probabilities"),
         (["seeds=[1,1]"], "name each seed once"),
         (["seeds=3"], "must be a list of whole numbers"),
+        (["n=1000000000000"], "n=1000000000000 is out of range: it must be at most 1e+08"),
+        (["n=7", "samples=x.npz"], "samples=x.npz is taken whole: leave n=7 out"),
         (["n=3", "metric=fd"], "needs at least 12 generated examples"),
         (
             ["diagnostics=[curls]"],
@@ -582,7 +660,8 @@ def test_a_mistake_is_one_sentence(words: list[str], sentence: str, pixel_run: P
     for name, shape in (("wrong_size", (20, 9, 9, 1)), ("channels", (20, 8, 8, 3)), ("good", (20, 8, 8, 1))):
         np.savez(pixel_run / f"{name}.npz", samples=draws.integers(0, 256, shape, dtype=np.uint8))
     np.savez(pixel_run / "floats.npz", samples=draws.random((20, 8, 8, 1), dtype=np.float32))
-    quick = ["solver=euler", "steps=1", "n=20", "out=never"]
+    quick = ["solver=euler", "steps=1", "out=never"]
+    quick += [] if any(word.startswith("samples=") for word in words) else ["n=20"]
     features = [] if any(word.startswith("features=") or "fid" in word for word in words) else ["features=random"]
     done = command("sde.evaluate", *quick, *features, *words, folder=pixel_run)
     assert done.code == 2, done.out

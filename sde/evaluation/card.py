@@ -1,10 +1,10 @@
-"""What an evaluation leaves: a record, a card that a person reads, and quality against cost over all of them.
+"""What an evaluation leaves: a record, and a card that a person reads.
 
 evaluations/NAME.json     everything: numbers, errors, floors, what made them
 evaluations/NAME.md       the card
 evaluations/NAME.png      the first samples; NAME-nearest.png their nearest training examples
-evaluations/table.md      all evaluations of the same data, features and number of samples, side by side
-evaluations/quality_cost_METRIC.png
+
+`sde.evaluation.overview` puts those in a folder side by side.
 """
 
 from __future__ import annotations
@@ -19,28 +19,23 @@ from sde.evaluation.likelihood import likelihood_rows
 from sde.evaluation.model import by_level
 from sde.evaluation.scores import table, with_error
 from sde.files import write_json, write_text
-from sde.pictures import CostCurve, save_cost_curves
 
 COMPARABLE = ("n", "features", "reference", "data")  # sections that are the same where numbers can be compared
 _IDENTITY = (*COMPARABLE, "sampling", "metrics", "diagnostics_of", "likelihood_of")
-_FACTS = ("solver", "grid", "denoise", "noise", "label", "precision")
-
-
-# One evaluation
 
 
 def free_name(folder: Path, name: str, record: Mapping[str, Any]) -> str:
     """`name`, with a number behind it where another evaluation has it; one of the same settings is replaced."""
     for number in itertools.count(1):
         found = name if number == 1 else f"{name}-{number}"
-        other = _read(folder / f"{found}.json")
-        if not (folder / f"{found}.json").exists() or (other is not None and _identity(other) == _identity(record)):
+        other = read_record(folder / f"{found}.json")
+        if not (folder / f"{found}.json").exists() or (other is not None and identity(other) == identity(record)):
             return found
     raise AssertionError("there are more numbers")
 
 
-def _identity(record: Mapping[str, Any]) -> str:
-    """Everything that the numbers depend on."""
+def identity(record: Mapping[str, Any]) -> str:
+    """Everything that the numbers of an evaluation depend on, as text."""
     model = {key: record["model"].get(key) for key in ("weights", "hash")}
     return json.dumps([model, *(record.get(key) for key in _IDENTITY)], sort_keys=True)
 
@@ -106,14 +101,16 @@ def floor_sentence(record: Mapping[str, Any]) -> str:
 def facts(record: Mapping[str, Any]) -> list[dict[str, str]]:
     """Every fact that the numbers depend on, in words."""
     model, rows = record["model"], samples_facts(record)
-    rows["model"] = f"{model['sde']}, {model['network']} of {model['run']}, step {model['step']}, weights "
+    of_it = record["sampling"].get("of_the_model", True)
+    rows["model"] = "" if of_it else "its data are used; nothing says that the samples are its own: "
+    rows["model"] += f"{model['sde']}, {model['network']} of {model['run']}, step {model['step']}, weights "
     rows["model"] += f"{model['weights']} (SHA-256 {model['hash'][:16]})"
     rows["cost"] = _pairs(record["cost"])
     data, features = dict(record["data"]), dict(record["features"])
-    rows["data"] = f"{data['data']}, {data['kind']} of shape {_short(data['shape'])}; {_pairs(data['options'])}"
+    rows["data"] = f"{data['data']}, {data['kind']} of shape {short(data['shape'])}; {_pairs(data['options'])}"
     if data["kind"] == "pixels":
         rows["decoding"] = data["decoding"]
-        rows["resizing"] = _short(features.pop("resize", None) or "none")
+        rows["resizing"] = short(features.pop("resize", None) or "none")
     rows["features"] = f"{features.pop('features')}: {_pairs(features)}"
     rows["reference"] = _pairs(
         {key: x for key, x in record["reference"].items() if key not in ("features", "pipeline")}
@@ -127,11 +124,13 @@ def samples_facts(record: Mapping[str, Any]) -> dict[str, str]:
     """How the samples came to be."""
     sampling, pixels = record["sampling"], record["data"]["kind"] == "pixels"
     if "samples" in sampling:
-        rows = {"samples": f"{record['n']} in {sampling['samples']}: {_pairs(sampling['file'])}"}
+        digest = f"SHA-256 {sampling['digest'][:16]}"
+        rows = {"samples": f"{record['n']} in {sampling['samples']} ({digest}): {_pairs(sampling['file'])}"}
+        rows |= {"drawn by": _pairs(sampling["drawn"])} if sampling["drawn"] else {}
         lossy = sampling["file"].get("compressed", 0)
         return rows | ({"compression": f"{lossy} of them are JPEG or WebP"} if pixels and lossy else {})
     seeds = sampling["seeds"]
-    which = f"seed {seeds[0]}" if len(seeds) == 1 else f"each of the {len(seeds)} seeds {_short(seeds)}"
+    which = f"seed {seeds[0]}" if len(seeds) == 1 else f"each of the {len(seeds)} seeds {short(seeds)}"
     rows = {"samples": f"{record['n']} of {which}; sample k of a seed is a function of both, whatever the batch size"}
     if pixels:
         rows["compression"] = "none: samples are compared as they are drawn"
@@ -174,10 +173,11 @@ def model_lines(record: Mapping[str, Any]) -> list[str]:
 
 def _pairs(values: Mapping[str, Any]) -> str:
     shown = {key: value for key, value in values.items() if value not in (None, {}, [])}
-    return ", ".join(f"{key.replace('_', ' ')} {_short(value)}" for key, value in shown.items())
+    return ", ".join(f"{key.replace('_', ' ')} {short(value)}" for key, value in shown.items())
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value in words; hashes and long lists are cut off."""
     if isinstance(value, Mapping):
         return _pairs(value)
     if isinstance(value, list | tuple):
@@ -197,112 +197,11 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines + ["| " + " | ".join(str(row.get(name, "")) for name in names) + " |" for row in rows]
 
 
-# All evaluations in a folder
-
-
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    """All evaluations in a folder, oldest first; files that are none are left out."""
-    paths = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
-    return [{**record, "name": path.stem} for path in paths if (record := _read(path)) is not None]
-
-
-def _read(path: Path) -> dict[str, Any] | None:
+def read_record(path: Path) -> dict[str, Any] | None:
+    """An evaluation's record; None for a file that is none."""
     try:
         record = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    needed = {"scores", "cost", "model", "sampling", *COMPARABLE}
+    needed = {"scores", "cost", "model", "sampling", "metrics", *COMPARABLE}
     return record if isinstance(record, dict) and needed <= record.keys() else None
-
-
-def write_overview(folder: Path, record: Mapping[str, Any]) -> list[Path]:
-    """table.md and the plots of quality against cost, over all evaluations that can be compared with `record`."""
-    same = [r for r in read_records(folder) if all(r[key] == record[key] for key in COMPARABLE)]
-    names = names_of(same)
-    written = [folder / "table.md"]
-    write_text(written[0], "\n".join([f"# {_counted(len(same))}", "", *markdown(overview(same, names)), ""]))
-    shown = [s for s in record["scores"] if not s["name"].endswith("_std")]  # spreads of subsets are no quality
-    for label, name in {s["label"]: f"{s['metric']}_{s['name']}" for s in shown}.items():
-        curves = cost_curves(same, names, label)
-        if sum(len(curve.x) for curve in curves) > 1:
-            score = next(s for s in record["scores"] if s["label"] == label)
-            floor = score["floor"] if _level(score) else None
-            written.append(folder / f"quality_cost_{name}.png")
-            save_cost_curves(written[-1], curves, label, floor)
-    return written
-
-
-def _counted(count: int) -> str:
-    return "1 evaluation" if count == 1 else f"{count} evaluations"
-
-
-def overview(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[dict[str, str]]:
-    """A row for each way of drawing: its cost and all its numbers, of whichever evaluations."""
-    rows: dict[tuple[Any, ...], dict[str, str]] = {}
-    for record, name in zip(records, names, strict=True):
-        cost, sets = record["cost"], len(record["sampling"].get("seeds", [0]))
-        row = rows.setdefault((name, cost.get("nfe") or 0, sets), {})
-        row |= {"samples of": name, "NFE": _number(cost.get("nfe"))}
-        row |= {"ms a sample": _number(cost.get("milliseconds_per_sample")), "sets": str(sets)}
-        row |= {s["label"]: with_error(s["value"], s["error"]) for s in record["scores"]}
-    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
-    floors = {s["label"]: with_error(s["floor"], s["floor_error"]) for r in records for s in r["scores"] if _level(s)}
-    last = [{"samples of": "data themselves", **floors}] if floors else []
-    return [{key: row.get(key, "") for key in columns} for row in [*(rows[place] for place in sorted(rows)), *last]]
-
-
-def _level(score: Mapping[str, Any]) -> bool:
-    """Whether the floor of a number is of as many examples as the number itself, so that the two can be compared."""
-    return score["floor"] is not None and score["value_at_floor_n"] is None
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
-
-
-def names_of(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A name for each: its solver, and whatever else differs between those of the same solver besides the steps."""
-    known = [_facts(record) for record in records]
-    differing = [
-        key
-        for key in dict.fromkeys(key for facts in known for key in facts)
-        if any(
-            key in a and a["solver"] == b["solver"] and a.get(key) != b.get(key)
-            for a, b in itertools.permutations(known, 2)
-        )
-    ]
-    if len({str(facts["sde"]) for facts in known}) == len({str(facts["run"]) for facts in known}):
-        differing = [key for key in differing if key != "run"]  # the SDE tells runs apart
-    names = []
-    for facts in known:
-        rest = [_fact(key, facts[key]) for key in differing if key in facts and facts[key] is not None]
-        names.append(" ".join([*[word for word in rest if word == facts["sde"]], str(facts["solver"])]))
-        names[-1] += "".join(f", {word}" for word in rest if word != facts["sde"])
-    return names
-
-
-def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
-    model, sampling = record["model"], record["sampling"]
-    facts = {"sde": model["sde"], "run": Path(model["run"]).name, "step": model["step"], "weights": model["weights"]}
-    facts |= {key: sampling[key] for key in _FACTS if key in sampling}
-    facts["solver"] = sampling.get("solver", sampling.get("samples"))
-    return facts | {key: value for key, value in sampling.get("options", {}).items() if key != "compile"}
-
-
-def _fact(key: str, value: Any) -> str:
-    return str(value) if key in ("sde", "run") else f"{key} {_short(value)}"
-
-
-def cost_curves(records: Sequence[Mapping[str, Any]], names: Sequence[str], label: str) -> list[CostCurve]:
-    """For each way one number over evaluations of the network, with its errors; the newest of each place."""
-    points: dict[str, dict[float, tuple[float, float]]] = {}
-    for record, name in zip(records, names, strict=True):
-        for each in record["scores"]:
-            if each["label"] == label and each["value"] is not None and record["cost"].get("nfe"):
-                found = points.setdefault(name, {})
-                found[float(record["cost"]["nfe"])] = (each["value"], each["error"] or 0.0)
-    curves = []
-    for name, found in sorted(points.items()):
-        values = [found[nfe] for nfe in sorted(found)]
-        curves.append(CostCurve(name, sorted(found), [v for v, _ in values], [e for _, e in values]))
-    return curves

@@ -30,6 +30,8 @@ from sde.evaluation.reference import extract
 from sde.files import new_file
 from sde.sampling import Plan, draw_batch
 
+_PARTS = ".samples-"  # how the names of folders of done batches begin
+
 
 @dataclass(frozen=True)
 class Described:
@@ -85,6 +87,14 @@ def _nothing() -> Described:
     return Described(torch.empty(0, 1), None, torch.empty(0))
 
 
+def forget_given_up(folder: Path, days: float = 7.0) -> None:
+    """Delete what interrupted evaluations into `folder` have left, unless they were gone on with in the last days."""
+    for parts in folder.glob(f"{_PARTS}*"):
+        files = [parts, *parts.iterdir()] if parts.is_dir() else []
+        if files and time.time() - max(file.stat().st_mtime for file in files) > days * 86400:
+            shutil.rmtree(parts, ignore_errors=True)
+
+
 class Drawn:
     """Samples of a model, drawn and described batch by batch, with a file for each batch that is done.
 
@@ -118,7 +128,7 @@ class Drawn:
         self.n, self.labels, self.keep = n, labels, keep
         self.batches = own_batches(n, batch_size)
         text = json.dumps([identity, extractor.identity(), n, batch_size, plan.seed, keep], sort_keys=True, default=str)
-        self.folder = folder / f".samples-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        self.folder = folder / f"{_PARTS}{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def draw(self, progress: Callable[[float], None]) -> None:
         """Draw what has not been drawn of this process's batches.
