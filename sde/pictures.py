@@ -337,22 +337,44 @@ def save_cost_curves(path: Path, curves: Sequence[CostCurve], y_label: str, floo
         floor: the number that data themselves have, a dashed line.
     """
     plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(8, 5), dpi=100)
+    many = len(curves) > 6
+    figure, axes = plt.subplots(figsize=(10 if many else 8, 5), dpi=100)
     axes.set(xscale="log", xlabel="NFE (network evaluations)", ylabel=y_label)
-    for k, curve in enumerate(curves):
-        axes.errorbar(curve.x, curve.y, curve.error, color=f"C{k % 10}", marker="o", ms=4, capsize=2, label=curve.name)
+    for curve, (color, style) in zip(curves, _styles([curve.name for curve in curves]), strict=True):
+        axes.errorbar(curve.x, curve.y, curve.error, color=color, ms=4, capsize=2, label=curve.name, **style)
     values = [y for curve in curves for y in curve.y]
-    if min(values) > 0 and max(values) > 20 * min(values):
-        axes.set_yscale("log")
+    positive = [y for y in values if y > 0]
+    if positive and max(positive) > 20 * min(positive):
+        if min(values) > 0:
+            axes.set_yscale("log")
+        else:  # linear about 0, below the smallest number that is above it by more than its error
+            sure = [y for curve in curves for y, error in zip(curve.y, curve.error, strict=True) if y > 2 * error]
+            axes.set_yscale("symlog", linthresh=min(sure or positive))
     if floor is not None and not (axes.get_yscale() == "log" and floor <= 0):
         axes.axhline(floor, color="0.4", lw=1, ls="--", label="data themselves")
     ticks = _far_apart(sorted({x for curve in curves for x in curve.x}))
     axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
     axes.xaxis.minorticks_off()
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, **({"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if many else {}))
     figure.tight_layout()
     _save_png(path, Image.fromarray(_rasterize(figure)).quantize(128))
+
+
+def _styles(names: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
+    """Color and line of each curve: "VP heun" has the color of heun and the line of VP, unless colors are enough."""
+    heads = [name.split(",")[0].split()[-1] for name in names]
+    rests = [name.replace(head, "", 1) for name, head in zip(names, heads, strict=True)]
+    if len(names) <= 6 or len({*heads}) == 1:
+        heads, rests = list(names), [""] * len(names)
+    colors, lines = (list(dict.fromkeys(x)) for x in (heads, rests))
+    shapes = [("o", "-"), ("s", "--"), ("^", ":"), ("D", "-.")]
+    styles = []
+    for head, rest in zip(heads, rests, strict=True):
+        turn = colors.index(head) // 10 + lines.index(rest)
+        marker, line = shapes[turn % len(shapes)]
+        styles.append((f"C{colors.index(head) % 10}", {"marker": marker, "ls": line}))
+    return styles
 
 
 class Line(NamedTuple):
