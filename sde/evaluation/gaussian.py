@@ -43,11 +43,8 @@ class ToGaussian(Metric):
             raise UserError(f"fd needs at least 2 examples with finite features and got {len(x)}: look at the samples")
         return {"fd": self._distance(Gaussian.of(x, self.unbiased))}
 
-    def leave_out(self, sets: Sets, groups: int) -> list[dict[str, float]]:
-        x = sets.generated
-        if len(x) < groups + 2:
-            raise UserError(f"fd needs at least {groups + 2} examples for {groups} groups and got {len(x)}: take more")
-        return [{"fd": self._distance(gaussian)} for gaussian in self._without(x, groups)]
+    def both(self, sets: Sets, groups: int) -> tuple[dict[str, float], list[dict[str, float]]]:
+        return self(sets), [{"fd": self._distance(gaussian)} for gaussian in self._without(sets.generated, groups)]
 
     def _without(self, x: Tensor, groups: int) -> list[Gaussian]:
         """The Gaussians of x without each group."""

@@ -38,7 +38,7 @@ class Scored:
         value: mean over the sets of samples.
         error: its standard error: of the mean over several sets, or by the jackknife over the examples of one.
         by_set: the value of each set.
-        better: "lower", "higher", or the number that is best.
+        better: "lower", "higher", the number that is best, or "" of what is no measure of quality.
         floor: the same number for held-out examples of the data in place of samples, or None.
         floor_error: its standard error.
         floor_n: how many those were.
@@ -46,6 +46,8 @@ class Scored:
         error_at_floor_n: its standard error.
         n: samples of a set that it is of; the metric may have drawn them from more.
         reference_n: examples of the data that it is of.
+        error_from: where its standard error comes from: "spread over 3 sets, 2 degrees of freedom", "jackknife over 10
+            groups"; empty where there is none.
     """
 
     metric: str
@@ -62,6 +64,7 @@ class Scored:
     error_at_floor_n: float | None = None
     n: int | None = None
     reference_n: int | None = None
+    error_from: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; null for numbers that it lacks."""
@@ -85,6 +88,8 @@ def score(
         UserError: the samples are too few, or do not fit. Held-out data that are too few make no floor.
     """
     values, errors = _measure(metric, sets, groups)
+    several = f"spread over {len(sets)} sets, {len(sets) - 1} degree{'s' * (len(sets) > 2)} of freedom"
+    error_from = several if len(sets) > 1 else metric.error_from(sets[0], groups)
     floors: tuple[list[dict[str, float]], dict[str, float]] | None = None
     fewer: tuple[list[dict[str, float]], dict[str, float]] | None = None
     if floor is not None:
@@ -112,6 +117,7 @@ def score(
             error_at_floor_n=fewer[1][key] if fewer else None,
             n=n,
             reference_n=reference_n or None,  # none where statistics take the place of examples
+            error_from=error_from if errors[key] else "",
         )
         found.append(scored)
     return found
@@ -119,9 +125,10 @@ def score(
 
 def _measure(metric: Metric, sets: Sequence[Sets], groups: int) -> tuple[list[dict[str, float]], dict[str, float]]:
     """The numbers of each set, and the standard errors of their means."""
-    values = [metric(each) for each in sets]
     if len(sets) == 1:
-        return values, metric.errors(sets[0], groups)
+        value, errors = metric.with_errors(sets[0], groups)
+        return [value], errors
+    values = [metric(each) for each in sets]
     return values, {key: statistics.stdev(value[key] for value in values) / math.sqrt(len(values)) for key in values[0]}
 
 

@@ -14,6 +14,7 @@ structure.) Groups are every G-th example, so the law of each is that of the who
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
@@ -75,11 +76,13 @@ class Metric(ABC):
     """A metric; leaves are frozen dataclasses of its options.
 
     Attributes:
-        better: for each of the names of its numbers, "lower" or "higher", or a number that is best.
+        better: for each of the names of its numbers, "lower" or "higher", or a number that is best; "" for numbers
+            that are no measure of quality.
         labels: for each of the names, what it is called in a table ("FID").
         of: what it is computed from: "features" of an extractor, class "probabilities", or the "examples" themselves.
         needs_held_out: whether it needs data that the model was not trained on.
         planar: whether it is for points in the plane alone.
+        cap: the option that bounds how many examples it draws, or "".
     """
 
     better: ClassVar[dict[str, str | float]]
@@ -87,6 +90,7 @@ class Metric(ABC):
     of: ClassVar[str] = "features"
     needs_held_out: ClassVar[bool] = False
     planar: ClassVar[bool] = False
+    cap: ClassVar[str] = ""
 
     @abstractmethod
     def __call__(self, sets: Sets) -> dict[str, float]:
@@ -96,18 +100,103 @@ class Metric(ABC):
             UserError: when the sets are too small, or do not fit together.
         """
 
+    # How many examples
+
+    @property
+    def name(self) -> str:
+        """What `metric=` calls it."""
+        return next((name for name, kind in METRICS.items() if kind is type(self)), next(iter(self.labels)))
+
+    def counts(self, n: int, m: int) -> tuple[int, int]:
+        """How many of n generated and of m other examples the numbers are of; leaves that draw some override it."""
+        return n, m
+
     def used(self, sets: Sets) -> tuple[int, int]:
-        """How many generated and how many other examples the numbers are of; leaves that draw some override it."""
-        return len(sets.generated), len(sets.reference if sets.training is None else sets.training)
+        """How many generated and how many other examples the numbers of these sets are of."""
+        return self.counts(*_sizes(sets))
+
+    def least(self, groups: int = 0, dimensions: int = 1) -> tuple[int, int]:
+        """How many generated and how many other examples are enough, without any of `groups` groups as well."""
+        return fewest(2, groups), fewest(2, groups)
+
+    def check_size(self, n: int, m: int, groups: int = 0, dimensions: int = 1, option: str = "n") -> None:
+        """Check that there are enough examples, before any are drawn.
+
+        Args:
+            n: generated examples.
+            m: examples of the data; 0 where something else takes their place.
+            groups: of the jackknife; 0 if there is none.
+            dimensions: of the vectors.
+            option: that says how many are generated; "" if none does.
+
+        Raises:
+            UserError: they are too few, in one of the two sets or of those that the metric draws from them.
+        """
+        ours, theirs = self.least(groups, dimensions)
+        jackknife = f" with groups={groups}" if groups else ""
+        if n < ours:
+            raise UserError(
+                f"metric={self.name} needs at least {ours} generated examples{jackknife} and gets {n}: take "
+                f"{f'{option}={ours} or more' if option else 'more of them'}"
+            )
+        if 0 < m < theirs:
+            raise UserError(
+                f"metric={self.name} needs at least {theirs} reference examples{jackknife} and gets {m}: take "
+                "more of them, or another metric"
+            )
+        if self.cap and min(count for count in self.counts(n, m or n) if count) < max(ours, theirs):
+            raise UserError(
+                f"metric={self.name} needs at least {max(ours, theirs)} examples{jackknife} and draws "
+                f"{getattr(self, self.cap)}: take {self.name}.{self.cap}={max(ours, theirs)} or more"
+            )
+
+    # Errors
+
+    def both(self, sets: Sets, groups: int) -> tuple[dict[str, float], list[dict[str, float]]]:
+        """The numbers, and those without each of `groups` groups of examples.
+
+        Leaves for which all of them come from one pass over the examples override it.
+        """
+        return self(sets), [self(sets.without(group, groups)) for group in range(groups)]
 
     def leave_out(self, sets: Sets, groups: int) -> list[dict[str, float]]:
-        """The numbers without each of `groups` groups of examples; leaves that have a faster way override it."""
-        return [self(sets.without(group, groups)) for group in range(groups)]
+        """The numbers without each of `groups` groups of examples."""
+        return self.both(sets, groups)[1]
+
+    def groups_of(self, sets: Sets, groups: int) -> int:
+        """The groups of the jackknife: `groups`, or where a set has fewer examples than that, as many as it has."""
+        held_out = [len(sets.held_out)] if self.needs_held_out and sets.held_out is not None else []
+        return min([groups, *(count for count in (*self.used(sets), *held_out) if count)])
+
+    def with_errors(self, sets: Sets, groups: int = 10) -> tuple[dict[str, float], dict[str, float]]:
+        """The numbers, and their standard errors by the jackknife over at most `groups` groups.
+
+        Raises:
+            UserError: the sets are too small, or do not fit together.
+        """
+        self.check_size(*_sizes(sets), groups, sets.generated.shape[-1])
+        numbers, left_out = self.both(sets, self.groups_of(sets, groups))
+        return numbers, {name: jackknife_error([each[name] for each in left_out]) for name in numbers}
 
     def errors(self, sets: Sets, groups: int = 10) -> dict[str, float]:
-        """Standard errors of the numbers, by the jackknife over `groups` groups."""
-        found = self.leave_out(sets, groups)
-        return {name: jackknife_error([each[name] for each in found]) for name in found[0]}
+        """Standard errors of the numbers."""
+        return self.with_errors(sets, groups)[1]
+
+    def error_from(self, sets: Sets, groups: int = 10) -> str:
+        """Where the standard errors of one set come from, in words."""
+        return f"jackknife over {self.groups_of(sets, groups)} groups"
+
+
+def _sizes(sets: Sets) -> tuple[int, int]:
+    """How many generated and how many other examples there are."""
+    return len(sets.generated), len(sets.reference if sets.training is None else sets.training)
+
+
+def fewest(left: int, groups: int) -> int:
+    """The least number of examples of which `left` remain without any of as many groups, or of one each if fewer."""
+    if groups == 0:
+        return left
+    return next(n for n in itertools.count(max(left, 2)) if n - -(-n // min(groups, n)) >= left)
 
 
 def jackknife_error(values: list[float]) -> float:

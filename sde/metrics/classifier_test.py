@@ -125,9 +125,10 @@ class ClassifierTest(Metric):
         UserError: an option is out of range.
     """
 
-    better: ClassVar[dict[str, str | float]] = {"c2st": 0.5, "c2st_p": "higher"}
+    better: ClassVar[dict[str, str | float]] = {"c2st": 0.5, "c2st_p": ""}
     labels: ClassVar[dict[str, str]] = {"c2st": "C2ST", "c2st_p": "C2ST p"}
     of: ClassVar[str] = "examples"
+    cap: ClassVar[str] = "examples"
 
     classifier: str = "neighbors"
     neighbors: int = 1
@@ -146,13 +147,15 @@ class ClassifierTest(Metric):
         check_number("examples", self.examples, at_least=4)
         check_number("permutations", self.permutations, at_least=1)
 
-    def used(self, sets: Sets) -> tuple[int, int]:
-        n = min(len(sets.generated), len(sets.reference), self.examples)
-        return n, n
+    def counts(self, n: int, m: int) -> tuple[int, int]:
+        return min(n, m, self.examples), min(n, m, self.examples)
+
+    def least(self, groups: int = 0, dimensions: int = 1) -> tuple[int, int]:
+        return max(4, self.neighbors), max(4, self.neighbors)  # no groups are left out
 
     def _pooled(self, sets: Sets) -> tuple[Tensor, Tensor]:
         """As many examples of either kind, alternating, (N, D), and which of them are generated, (N,)."""
-        check_sets(sets, "c2st", max(4, self.neighbors))
+        check_sets(sets, "c2st", self.least()[0])
         n, _ = self.used(sets)
         x, y = (z[shuffled(len(z), sets.seed, n)] for z in (sets.generated, sets.reference))
         return torch.stack([x, y], dim=1).flatten(0, 1), torch.arange(2 * n) % 2 == 0
@@ -176,6 +179,10 @@ class ClassifierTest(Metric):
         accuracy, p, _ = self._measure(sets)
         return {"c2st": accuracy, "c2st_p": p}
 
-    def errors(self, sets: Sets, groups: int = 10) -> dict[str, float]:
-        """Standard errors of the numbers; of no groups."""
-        return {"c2st": self._measure(sets)[2], "c2st_p": 0.0}
+    def with_errors(self, sets: Sets, groups: int = 10) -> tuple[dict[str, float], dict[str, float]]:
+        """The numbers and their standard errors; of no groups."""
+        accuracy, p, error = self._measure(sets)
+        return {"c2st": accuracy, "c2st_p": p}, {"c2st": error, "c2st_p": 0.0}
+
+    def error_from(self, sets: Sets, groups: int = 10) -> str:
+        return "votes that depend on each other" if self.classifier == "neighbors" else "binomial law of the answers"

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sde.errors import UserError, check_flag, check_number
-from sde.metrics.base import Metric, Sets, check_sets, register
+from sde.metrics.base import Metric, Sets, check_sets, fewest, register
 from sde.metrics.distances import shuffled
 
 _CHUNK = 8192  # examples that are turned into float64 at a time
@@ -190,13 +190,19 @@ class FrechetDistance(Metric):
         generated, reference = ([Moments.of(x[part]) for part in parts] for x, parts in self._indexed(sets))
         return self._numbers(generated, reference)
 
-    def leave_out(self, sets: Sets, groups: int) -> list[dict[str, float]]:
-        check_sets(sets, "fd", groups + 2)
+    def least(self, groups: int = 0, dimensions: int = 1) -> tuple[int, int]:
+        few, many = fewest(2, groups), max(64, 4 * dimensions)  # halves of twice as many as dimensions
+        return (many, few if self.whole_reference else many) if self.extrapolate else (few, few)
+
+    def both(self, sets: Sets, groups: int) -> tuple[dict[str, float], list[dict[str, float]]]:
+        check_sets(sets, "fd", fewest(2, groups))
         if self.extrapolate:
-            pairs = zip(*(_parts_without(x, p, groups) for x, p in self._indexed(sets)), strict=True)
-            return [self._numbers(generated, reference) for generated, reference in pairs]
-        both = (_gaussians_without(x, groups, self.unbiased) for x in (sets.generated, sets.reference))
-        return [{"fd": ours.distance(theirs)} for ours, theirs in zip(*both, strict=True)]
+            parts = zip(*(_parts_without(x, p, groups) for x, p in self._indexed(sets)), strict=True)
+            return self(sets), [self._numbers(generated, reference) for generated, reference in parts]
+        pairs = zip(
+            *(_gaussians_without(x, groups, self.unbiased) for x in (sets.generated, sets.reference)), strict=True
+        )
+        return self(sets), [{"fd": ours.distance(theirs)} for ours, theirs in pairs]
 
     def _indexed(self, sets: Sets) -> list[tuple[Tensor, list[Tensor]]]:
         """Both sets, each with the numbers of the examples of its parts."""

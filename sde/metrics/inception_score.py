@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sde.errors import UserError, check_flag, check_number
-from sde.metrics.base import Metric, Sets, register
+from sde.metrics.base import Metric, Sets, fewest, register
 from sde.metrics.distances import shuffled
 
 
@@ -30,7 +30,7 @@ class InceptionScore(Metric):
         shuffle: parts of examples in random order, which those sorted by class need; otherwise in the order they have.
     """
 
-    better: ClassVar[dict[str, str | float]] = {"is": "higher", "is_std": "lower"}
+    better: ClassVar[dict[str, str | float]] = {"is": "higher", "is_std": ""}
     labels: ClassVar[dict[str, str]] = {"is": "IS", "is_std": "IS (std of splits)"}
     of: ClassVar[str] = "probabilities"
 
@@ -42,20 +42,37 @@ class InceptionScore(Metric):
         check_flag("shuffle", self.shuffle)
 
     def __call__(self, sets: Sets) -> dict[str, float]:
-        return self._from(sets, 0)[0]
+        return self.both(sets, 0)[0]
 
-    def leave_out(self, sets: Sets, groups: int) -> list[dict[str, float]]:
-        return self._from(sets, groups)
+    def counts(self, n: int, m: int) -> tuple[int, int]:
+        return n, 0
 
-    def _from(self, sets: Sets, groups: int) -> list[dict[str, float]]:
-        """The numbers, or those without each group; every example stays in its part."""
-        p = self._probabilities(sets)
-        n, parts = len(p), max(groups, 1)
-        order = shuffled(n, sets.seed) if self.shuffle else torch.arange(n)
+    def least(self, groups: int = 0, dimensions: int = 1) -> tuple[int, int]:
+        """Enough that every split keeps some: from 20 examples a split on no group has all of them but by a miracle."""
+        if groups == 0 or self.splits == 1:
+            return max(self.splits, fewest(1, groups)), 0
+        lacking = (n for n in range(20 * self.splits, self.splits - 1, -1) if not self._keeps_all(n, min(groups, n)))
+        return next(lacking, self.splits - 1) + 1, 0
+
+    def _keeps_all(self, n: int, groups: int) -> bool:
+        """Whether none of the splits of n examples is of one group alone."""
+        cells = self._cells(n, groups, 0)
+        count = torch.bincount(cells, minlength=self.splits * groups).view(self.splits, groups)
+        return bool((count.amax(1) < count.sum(1)).all())
+
+    def _cells(self, n: int, groups: int, seed: int) -> Tensor:
+        """The part of each example times the number of groups, and its group, (n,)."""
+        order = shuffled(n, seed) if self.shuffle else torch.arange(n)
         # part s holds the examples from s n / splits up to (s + 1) n / splits, both rounded down
         part = torch.empty(n, dtype=torch.long)
         part[order] = ((torch.arange(n) + 1) * self.splits - 1) // n
-        cell = (part * parts + torch.arange(n) % parts).to(p.device)
+        return part * groups + torch.arange(n) % groups
+
+    def both(self, sets: Sets, groups: int) -> tuple[dict[str, float], list[dict[str, float]]]:
+        """Every example stays in its part when a group is left out."""
+        p = self._probabilities(sets)
+        n, parts = len(p), max(groups, 1)
+        cell = self._cells(n, parts, sets.seed).to(p.device)
 
         def sums(x: Tensor) -> Tensor:
             """Of the rows of x, (n, K), over the examples of each part and group: (splits, groups, K)."""
@@ -64,8 +81,8 @@ class InceptionScore(Metric):
 
         count, surprise, mass = sums(torch.ones_like(p[:, :1])), sums(_entropy(p)[:, None]), sums(p)
         found = []
-        for left in range(parts):
-            kept = torch.arange(parts, device=p.device) != left if groups else slice(None)
+        for left in range(-1, groups):
+            kept = torch.arange(parts, device=p.device) != left
             total = count[:, kept].sum(1)
             if float(total.min()) == 0:
                 raise UserError(
@@ -74,7 +91,7 @@ class InceptionScore(Metric):
             # the mean KL divergence from the mean is the entropy of the mean less the mean entropy
             scores = (_entropy(mass[:, kept].sum(1) / total) - surprise[:, kept].sum(1)[:, 0] / total[:, 0]).exp()
             found.append({"is": float(scores.mean()), "is_std": float(scores.std(correction=0))})
-        return found
+        return found[0], found[1:]
 
     def _probabilities(self, sets: Sets) -> Tensor:
         """Those of the sets, (n, C), checked and in float64."""

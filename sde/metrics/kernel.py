@@ -41,20 +41,22 @@ def gaussian_mixture(x: Tensor, y: Tensor, bandwidths: Sequence[float]) -> Tenso
     return total / len(bandwidths)
 
 
-def unbiased_mmd(kernel: Kernel, x: list[Tensor], y: list[Tensor], leave_out: bool) -> list[float]:
+def unbiased_mmd(kernel: Kernel, x: list[Tensor], y: list[Tensor]) -> list[float]:
     """The unbiased estimate of MMD^2 between sets that are given as groups.
 
     Args:
         kernel: of two sets of vectors.
         x: groups of one set, each (n_g, D), float64.
         y: as many groups of the other.
-        leave_out: give the estimate without each of the groups; otherwise that of everything, alone in the list.
+
+    Returns:
+        That of everything; where there are several groups, behind it those without each of them.
     """
     xx, yy = _sums(kernel, x), _sums(kernel, y)
     xy = torch.stack([torch.stack([_sum(kernel, a, b) for b in y]) for a in x])
     sizes = torch.tensor([[len(a), len(b)] for a, b in zip(x, y, strict=True)]).T
     found = []
-    for left in range(len(x)) if leave_out else [len(x)]:
+    for left in range(-1, len(x) if len(x) > 1 else 0):
         kept = torch.arange(len(x)) != left
         n, m = sizes[:, kept].sum(1).tolist()
         within, between, across = (float(sums[kept][:, kept].sum()) for sums in (xx, yy, xy))
@@ -117,7 +119,7 @@ class KernelDistance(Metric):
         constant: what the kernel adds to it.
     """
 
-    better: ClassVar[dict[str, str | float]] = {"kid": "lower", "kid_std": "lower"}
+    better: ClassVar[dict[str, str | float]] = {"kid": "lower", "kid_std": ""}
     labels: ClassVar[dict[str, str]] = {"kid": "KID", "kid_std": "KID (std of subsets)"}
 
     subsets: int = 100
@@ -134,14 +136,34 @@ class KernelDistance(Metric):
             check_number("gamma", self.gamma, above=0)
         check_number("constant", self.constant, at_least=0)
 
+    def check_size(self, n: int, m: int, groups: int = 0, dimensions: int = 1, option: str = "n") -> None:
+        super().check_size(n, m, groups, dimensions, option)
+        size = min(self.subset_size, n, m)
+        if groups == 0 or m == 0 or self._keeps_two(n, m, size, groups):
+            return
+        enough = next((k for k in (8, 16, 32) if k > size and self._keeps_two(max(n, k), max(m, k), k, groups)), 64)
+        raise UserError(
+            f"metric=kid takes subsets of {size} examples, of which fewer than two can be left with groups={groups}: "
+            f"take kid.subset_size={enough}, and as many examples of each set at least"
+        )
+
+    def _keeps_two(self, n: int, m: int, size: int, groups: int) -> bool:
+        """Whether all subsets of `size` examples keep two without any group; of 64 and more they do."""
+        if size >= 64:
+            return True
+        parts = min(groups, n, m)
+        for subset in range(1 if size == n == m else self.subsets):
+            for side, count in enumerate((n, m)):
+                chosen = shuffled(count, _seed(0, subset, side), size)
+                if size - int(torch.bincount(chosen % parts).max()) < 2:
+                    return False
+        return True
+
     def __call__(self, sets: Sets) -> dict[str, float]:
-        return self._from(sets, 0)[0]
+        return self.both(sets, 0)[0]
 
-    def leave_out(self, sets: Sets, groups: int) -> list[dict[str, float]]:
-        return self._from(sets, groups)
-
-    def _from(self, sets: Sets, groups: int) -> list[dict[str, float]]:
-        """Values and deviations from the subsets, or from what is left of them without each group."""
+    def both(self, sets: Sets, groups: int) -> tuple[dict[str, float], list[dict[str, float]]]:
+        """Values and deviations from the subsets, and from what is left of them without each group."""
         check_sets(sets, "kid", 2)
         x, y = sets.generated, sets.reference
         size = min(self.subset_size, len(x), len(y))
@@ -152,9 +174,10 @@ class KernelDistance(Metric):
                 self._drawn(z, size, _seed(sets.seed, subset, side), groups) for side, z in enumerate((x, y))
             )
             _check_left("kid", (ours, theirs))
-            values.append(unbiased_mmd(kernel, ours, theirs, leave_out=groups > 0))
+            values.append(unbiased_mmd(kernel, ours, theirs))
         columns = torch.tensor(values, dtype=torch.float64).unbind(1)
-        return [{"kid": float(v.mean()), "kid_std": float(v.std(correction=0))} for v in columns]
+        found = [{"kid": float(v.mean()), "kid_std": float(v.std(correction=0))} for v in columns]
+        return found[0], found[1:]
 
     @staticmethod
     def _drawn(x: Tensor, size: int, seed: int, groups: int) -> list[Tensor]:
@@ -197,13 +220,10 @@ class MeanDiscrepancy(Metric):
         check_number("median_of", self.median_of, at_least=2)
 
     def __call__(self, sets: Sets) -> dict[str, float]:
-        return self._from(sets, 0)[0]
+        return self.both(sets, 0)[0]
 
-    def leave_out(self, sets: Sets, groups: int) -> list[dict[str, float]]:
-        return self._from(sets, groups)
-
-    def _from(self, sets: Sets, groups: int) -> list[dict[str, float]]:
-        """MMD^2, or that without each group; the kernel is that of all examples."""
+    def both(self, sets: Sets, groups: int) -> tuple[dict[str, float], list[dict[str, float]]]:
+        """MMD^2, and that without each group; the kernel is that of all examples."""
         check_sets(sets, "mmd", 2)
         bandwidth = self.bandwidth or self._median(sets)
         kernel = partial(gaussian_mixture, bandwidths=[bandwidth * scale for scale in self.scales])
@@ -211,7 +231,8 @@ class MeanDiscrepancy(Metric):
         center = sets.reference.mean(0, dtype=torch.float64)
         x, y = (_grouped(z - center, max(groups, 1)) for z in (sets.generated, sets.reference))
         _check_left("mmd", (x, y))
-        return [{"mmd": value} for value in unbiased_mmd(kernel, x, y, leave_out=groups > 0)]
+        found = [{"mmd": value} for value in unbiased_mmd(kernel, x, y)]
+        return found[0], found[1:]
 
     def _median(self, sets: Sets) -> float:
         order = shuffled(len(sets.reference), sets.seed, self.median_of)

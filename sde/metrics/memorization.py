@@ -117,6 +117,7 @@ class Memorization(Metric):
         "memorization_ct": "C_T",
     }
     of: ClassVar[str] = "examples"
+    cap: ClassVar[str] = "examples"
     needs_held_out: ClassVar[bool] = True
 
     quantile: float = 0.01
@@ -126,8 +127,7 @@ class Memorization(Metric):
         check_number("quantile", self.quantile, above=0, below=1)
         check_number("examples", self.examples, at_least=2)
 
-    def used(self, sets: Sets) -> tuple[int, int]:
-        n, m = super().used(sets)
+    def counts(self, n: int, m: int) -> tuple[int, int]:
         return min(n, self.examples), m
 
     def _measure(self, sets: Sets, groups: int) -> _Found:
@@ -166,6 +166,6 @@ class Memorization(Metric):
     def __call__(self, sets: Sets) -> dict[str, float]:
         return self._numbers(self._measure(sets, 1))
 
-    def leave_out(self, sets: Sets, groups: int) -> list[dict[str, float]]:
-        found = self._measure(sets, groups)
-        return [self._numbers(found, group) for group in range(groups)]
+    def both(self, sets: Sets, groups: int) -> tuple[dict[str, float], list[dict[str, float]]]:
+        found = self._measure(sets, max(groups, 1))
+        return self._numbers(found), [self._numbers(found, group) for group in range(groups)]

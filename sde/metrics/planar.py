@@ -68,6 +68,7 @@ class Wasserstein(Metric):
     labels: ClassVar[dict[str, str]] = {"wasserstein": "Wasserstein"}
     of: ClassVar[str] = "examples"
     planar: ClassVar[bool] = True
+    cap: ClassVar[str] = "points"
 
     p: int = 1
     points: int = 2000
@@ -76,21 +77,24 @@ class Wasserstein(Metric):
         check_number("p", self.p, at_least=1, at_most=2)
         check_number("points", self.points, at_least=2)
 
+    def counts(self, n: int, m: int) -> tuple[int, int]:
+        return min(n, m, self.points), min(n, m, self.points)
+
     def _drawn(self, sets: Sets) -> Sets:
         """Equally many points of either set; all, where they are few enough."""
         check_planar(sets, "wasserstein")
-        n = min(len(sets.generated), len(sets.reference), self.points)
+        n, _ = self.used(sets)
         x, y = (z[shuffled(len(z), sets.seed, n)] for z in (sets.generated, sets.reference))
         return replace(sets, generated=x, reference=y, held_out=None, probabilities=None)
 
     def __call__(self, sets: Sets) -> dict[str, float]:
-        drawn = self._drawn(sets)
-        return {"wasserstein": assignment_distance(drawn.generated, drawn.reference, self.p)}
+        return self.both(sets, 0)[0]
 
-    def leave_out(self, sets: Sets, groups: int) -> list[dict[str, float]]:
+    def both(self, sets: Sets, groups: int) -> tuple[dict[str, float], list[dict[str, float]]]:
         drawn = self._drawn(sets)  # drawn once: other points for every group would pass for their influence
-        rest = [drawn.without(group, groups) for group in range(groups)]
-        return [{"wasserstein": assignment_distance(each.generated, each.reference, self.p)} for each in rest]
+        kept = [drawn, *(drawn.without(group, groups) for group in range(groups))]
+        found = [{"wasserstein": assignment_distance(each.generated, each.reference, self.p)} for each in kept]
+        return found[0], found[1:]
 
 
 def kullback_leibler(p: np.ndarray, q: np.ndarray) -> float:
@@ -106,6 +110,10 @@ class GridKL(Metric):
     One more cell takes whatever lies outside of the box. To every count `smoothing` is added, so that no cell is empty:
     P = (count + smoothing) / (n + smoothing * cells). KL(data || generated) punishes places of the data where nothing
     is generated, KL(generated || data) what is generated where there are no data; Jensen-Shannon is at most log 2.
+
+    The outermost points of the data move the box and with it all edges, so without a group the box is that of the rest:
+    in the box of all, errors of the reverse KL were half of the spread of repeated draws. The jackknife is a bound for
+    such extremes; on Gaussians of 150 to 5000 points errors were 1.1 to 1.8 times the spread.
 
     Args:
         bins: cells along either side of the box.
@@ -131,33 +139,22 @@ class GridKL(Metric):
         check_number("bins", self.bins, at_least=1)
         check_number("smoothing", self.smoothing, above=0)
 
-    def _counts(self, sets: Sets, groups: int) -> list[np.ndarray]:
-        """Of the data and of generated points: how many of each group are in each cell, (groups, cells)."""
-        check_planar(sets, "grid_kl")
-        low, high = sets.reference.min(0).values, sets.reference.max(0).values
-        return [self._count(x, low, high, groups) for x in (sets.reference, sets.generated)]
-
-    def _count(self, x: Tensor, low: Tensor, high: Tensor, groups: int) -> np.ndarray:
+    def _shares(self, x: Tensor, low: Tensor, high: Tensor) -> np.ndarray:
+        """Of the points x in each cell of the box from `low` to `high`, and outside of it, (bins^2 + 1,)."""
         inside = ((x >= low) & (x <= high)).all(1)
         place = (x.double() - low) / (high.double() - low).clamp_min(torch.finfo(torch.float64).tiny) * self.bins
         column, row = place.nan_to_num().floor().clamp(0, self.bins - 1).long().unbind(1)
-        cell = torch.where(inside, column * self.bins + row, self.bins**2)
-        group = torch.arange(len(x), device=x.device) % groups
         cells = self.bins**2 + 1
-        return torch.bincount(group * cells + cell, minlength=groups * cells).reshape(groups, cells).cpu().numpy()
+        count = torch.bincount(torch.where(inside, column * self.bins + row, cells - 1), minlength=cells)
+        return (count.double().cpu().numpy() + self.smoothing) / (len(x) + self.smoothing * cells)
 
-    def _numbers(self, data: np.ndarray, generated: np.ndarray) -> dict[str, float]:
-        p, q = ((c + self.smoothing) / (c.sum() + self.smoothing * len(c)) for c in (data, generated))
+    def __call__(self, sets: Sets) -> dict[str, float]:
+        check_planar(sets, "grid_kl")
+        box = sets.reference.min(0).values, sets.reference.max(0).values
+        p, q = (self._shares(x, *box) for x in (sets.reference, sets.generated))
         middle = (p + q) / 2
         return {
             "grid_kl": kullback_leibler(p, q),
             "grid_kl_reverse": kullback_leibler(q, p),
             "grid_js": (kullback_leibler(p, middle) + kullback_leibler(q, middle)) / 2,
         }
-
-    def __call__(self, sets: Sets) -> dict[str, float]:
-        return self._numbers(*(counts[0] for counts in self._counts(sets, 1)))
-
-    def leave_out(self, sets: Sets, groups: int) -> list[dict[str, float]]:
-        counts = self._counts(sets, groups)  # in the box of all: its edges are no group's
-        return [self._numbers(*(c.sum(0) - c[group] for c in counts)) for group in range(groups)]

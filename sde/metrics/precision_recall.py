@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from sde.errors import UserError, check_number
-from sde.metrics.base import Metric, Sets, check_sets, register
+from sde.metrics.base import Metric, Sets, check_sets, fewest, register
 from sde.metrics.distances import shuffled
 
 _BLOCK = 1 << 24  # distances in memory at a time: 128 MiB in float64
@@ -40,7 +40,7 @@ class _Balls:
 
     Args:
         x: (n, D).
-        radii: (L, n), a row for each group of examples that is left out, or one for all. -inf, a ball that holds
+        radii: (1 + groups, n), a row for all examples, and one for each group that is left out. -inf, a ball that holds
             nothing, for the examples of the group.
     """
 
@@ -49,7 +49,7 @@ class _Balls:
 
     @classmethod
     def of(cls, x: Tensor, k: int, groups: int) -> _Balls:
-        """Those of x (n, D), to the k-th neighbor; without each of `groups` groups, or 0 for all examples."""
+        """Those of x (n, D), to the k-th neighbor among all, and among those without each of `groups` groups."""
         parts = max(groups, 1)
         found = []
         for start, rows in _blocks(x, len(x)):
@@ -60,15 +60,13 @@ class _Balls:
                 own = own[own % parts == group]
                 squares[own - start, own // parts] = torch.inf  # none is a neighbor of its own
                 near.append(_smallest(squares, k))
-            if groups == 0:
-                found.append(near[0][:, -1:])
-                continue
-            others = [torch.cat(near[:left] + near[left + 1 :], dim=1) for left in range(groups)]
+            kept = [near, *(near[:left] + near[left + 1 :] for left in range(groups))]
+            others = [torch.cat(each, dim=1) for each in kept]
             found.append(torch.stack([_smallest(each, k)[:, -1] for each in others], dim=1))
         radii = torch.cat(found).T.contiguous()
         numbers = torch.arange(len(x), device=x.device)
         for group in range(groups):
-            radii[group, numbers % groups == group] = -torch.inf
+            radii[1 + group, numbers % groups == group] = -torch.inf
         return cls(x, radii)
 
 
@@ -95,10 +93,9 @@ def _drawn(x: Tensor, examples: int | None, seed: int) -> Tensor:
     return x if examples is None or len(x) <= examples else x[shuffled(len(x), seed, examples).to(x.device)]
 
 
-def _counts(sets: Sets, examples: int | None) -> tuple[int, int]:
+def _counts(n: int, m: int, examples: int | None) -> tuple[int, int]:
     """How many of either set are drawn."""
-    n, m = (len(x) if examples is None else min(len(x), examples) for x in (sets.generated, sets.reference))
-    return n, m
+    return (n, m) if examples is None else (min(n, examples), min(m, examples))
 
 
 def _prepared(sets: Sets, name: str, k: int, examples: int | None, groups: int) -> tuple[Tensor, Tensor]:
@@ -120,8 +117,8 @@ def _prepared(sets: Sets, name: str, k: int, examples: int | None, groups: int) 
 
 
 def _left(groups: int, numbers: Tensor) -> list[Tensor]:
-    """For each group that is left out which examples stay; all, once, for no groups."""
-    return [numbers % groups != group for group in range(groups)] if groups else [numbers >= 0]
+    """Which examples stay: all, and then for each group that is left out those of the others."""
+    return [numbers >= 0, *(numbers % groups != group for group in range(groups))]
 
 
 @register("pr")
@@ -136,6 +133,7 @@ class PrecisionRecall(Metric):
 
     better: ClassVar[dict[str, str | float]] = {"precision": "higher", "recall": "higher"}
     labels: ClassVar[dict[str, str]] = {"precision": "precision", "recall": "recall"}
+    cap: ClassVar[str] = "examples"
 
     k: int = 3
     examples: int | None = None
@@ -145,16 +143,16 @@ class PrecisionRecall(Metric):
         if self.examples is not None:
             check_number("examples", self.examples, at_least=self.k + 1)
 
-    def used(self, sets: Sets) -> tuple[int, int]:
-        return _counts(sets, self.examples)
+    def counts(self, n: int, m: int) -> tuple[int, int]:
+        return _counts(n, m, self.examples)
+
+    def least(self, groups: int = 0, dimensions: int = 1) -> tuple[int, int]:
+        return fewest(self.k + 1, groups), fewest(self.k + 1, groups)
 
     def __call__(self, sets: Sets) -> dict[str, float]:
-        return self._from(sets, 0)[0]
+        return self.both(sets, 0)[0]
 
-    def leave_out(self, sets: Sets, groups: int) -> list[dict[str, float]]:
-        return self._from(sets, groups)
-
-    def _from(self, sets: Sets, groups: int) -> list[dict[str, float]]:
+    def both(self, sets: Sets, groups: int) -> tuple[dict[str, float], list[dict[str, float]]]:
         x, y = _prepared(sets, "pr", self.k, self.examples, groups)
         ours, theirs = _Balls.of(x, self.k, groups), _Balls.of(y, self.k, groups)
         held = torch.zeros(len(theirs.radii), len(x), dtype=torch.bool, device=x.device)
@@ -166,10 +164,11 @@ class PrecisionRecall(Metric):
                 held[left, start:end] = (squares <= other).any(1)
                 reached[left] |= (squares <= own[start:end, None]).any(0)
         numbers = [_left(groups, torch.arange(len(z), device=z.device)) for z in (x, y)]
-        return [
+        found = [
             {"precision": float(in_data[a].double().mean()), "recall": float(in_model[b].double().mean())}
             for in_data, in_model, a, b in zip(held, reached, *numbers, strict=True)
         ]
+        return found[0], found[1:]
 
 
 @register("dc")
@@ -187,6 +186,7 @@ class DensityCoverage(Metric):
 
     better: ClassVar[dict[str, str | float]] = {"density": 1.0, "coverage": "higher"}
     labels: ClassVar[dict[str, str]] = {"density": "density", "coverage": "coverage"}
+    cap: ClassVar[str] = "examples"
 
     k: int = 5
     examples: int | None = None
@@ -196,16 +196,16 @@ class DensityCoverage(Metric):
         if self.examples is not None:
             check_number("examples", self.examples, at_least=self.k + 1)
 
-    def used(self, sets: Sets) -> tuple[int, int]:
-        return _counts(sets, self.examples)
+    def counts(self, n: int, m: int) -> tuple[int, int]:
+        return _counts(n, m, self.examples)
+
+    def least(self, groups: int = 0, dimensions: int = 1) -> tuple[int, int]:
+        return fewest(self.k + 1, groups), fewest(self.k + 1, groups)
 
     def __call__(self, sets: Sets) -> dict[str, float]:
-        return self._from(sets, 0)[0]
+        return self.both(sets, 0)[0]
 
-    def leave_out(self, sets: Sets, groups: int) -> list[dict[str, float]]:
-        return self._from(sets, groups)
-
-    def _from(self, sets: Sets, groups: int) -> list[dict[str, float]]:
+    def both(self, sets: Sets, groups: int) -> tuple[dict[str, float], list[dict[str, float]]]:
         x, y = _prepared(sets, "dc", self.k, self.examples, groups)
         radii = _Balls.of(y, self.k, groups).radii
         held = torch.zeros(radii.shape, dtype=torch.long, device=x.device)  # generated examples in each ball
@@ -216,10 +216,11 @@ class DensityCoverage(Metric):
                 kept = stay[left][start : start + len(rows)]
                 held[left] += ((squares < own) & kept[:, None]).sum(0)
         numbers = _left(groups, torch.arange(len(y), device=y.device))
-        return [
+        found = [
             {
                 "density": float(counts.sum()) / (self.k * int(kept.sum())),
                 "coverage": float((counts[those] > 0).double().mean()),
             }
             for counts, kept, those in zip(held, stay, numbers, strict=True)
         ]
+        return found[0], found[1:]

@@ -92,10 +92,13 @@ def sliced_mean(sets: Sets, statistic: Statistic, count: int, groups: int = 0) -
         sets: generated (n, D) and reference (m, D).
         statistic: of sorted rows (rows, n) and (rows, m), (rows,).
         count: directions.
-        groups: 0 for the mean from all examples, alone in the list; otherwise those without each of as many groups.
+        groups: of examples.
+
+    Returns:
+        The mean from all examples, and behind it those without each of the groups.
     """
     w = directions(sets.generated.shape[1], count, sets.seed)
-    totals = [0.0] * max(groups, 1)
+    totals = [0.0] * (1 + groups)
     for part in w.split(max(1, BLOCK // (len(sets.generated) + len(sets.reference)))):
         projected = [_project(x, part) for x in (sets.generated, sets.reference)]
         if groups == 0:
@@ -103,10 +106,11 @@ def sliced_mean(sets: Sets, statistic: Statistic, count: int, groups: int = 0) -
             continue
         order = [np.argsort(values, axis=1) for values in projected]
         rows = [np.take_along_axis(values, number, axis=1) for values, number in zip(projected, order, strict=True)]
+        totals[0] += float(statistic(*rows).sum())
         for group in range(groups):
             # every row loses as many
             kept = [z[number % groups != group].reshape(len(z), -1) for z, number in zip(rows, order, strict=True)]
-            totals[group] += float(statistic(*kept).sum())
+            totals[1 + group] += float(statistic(*kept).sum())
     return [total / len(w) for total in totals]
 
 
@@ -143,16 +147,14 @@ class SlicedWasserstein(Metric):
         check_number("p", self.p, at_least=1, at_most=2)
         check_number("directions", self.directions, at_least=1)
 
-    def _from(self, sets: Sets, groups: int) -> list[dict[str, float]]:
-        check_sets(sets, "swd", 2)
-        found = sliced_mean(sets, lambda a, b: wasserstein_on_lines(a, b, self.p), self.directions, groups)
-        return [{"swd": value ** (1 / self.p)} for value in found]
-
     def __call__(self, sets: Sets) -> dict[str, float]:
-        return self._from(sets, 0)[0]
+        return self.both(sets, 0)[0]
 
-    def leave_out(self, sets: Sets, groups: int) -> list[dict[str, float]]:
-        return self._from(sets, groups)
+    def both(self, sets: Sets, groups: int) -> tuple[dict[str, float], list[dict[str, float]]]:
+        check_sets(sets, "swd", 2)
+        means = sliced_mean(sets, lambda a, b: wasserstein_on_lines(a, b, self.p), self.directions, groups)
+        found = [{"swd": value ** (1 / self.p)} for value in means]
+        return found[0], found[1:]
 
 
 @register("energy")
@@ -186,34 +188,32 @@ class EnergyDistance(Metric):
         check_number("exact", self.exact, at_least=0)
         check_number("directions", self.directions, at_least=1)
 
-    def _from(self, sets: Sets, groups: int) -> list[dict[str, float]]:
+    def __call__(self, sets: Sets) -> dict[str, float]:
+        return self.both(sets, 0)[0]
+
+    def both(self, sets: Sets, groups: int) -> tuple[dict[str, float], list[dict[str, float]]]:
         check_sets(sets, "energy", 2)
         if max(len(sets.generated), len(sets.reference)) <= self.exact:
             found = self._exact(sets, groups)
         else:
             lines = sliced_mean(sets, lambda a, b: energy_on_lines(a, b, self.unbiased), self.directions, groups)
             found = [value / kappa(sets.generated.shape[1]) for value in lines]
-        return [{"energy": value} for value in found]
+        numbers = [{"energy": value} for value in found]
+        return numbers[0], numbers[1:]
 
     def _exact(self, sets: Sets, groups: int) -> list[float]:
-        """From all distances, summed over pairs of groups once for all that are left out."""
+        """From all distances, summed over pairs of groups once for all that are left out; first with none left out."""
         x, y = sets.generated, sets.reference
         parts = max(groups, 1)
         sums = [_group_sums(x, y, parts), _group_sums(x, x, parts), _group_sums(y, y, parts)]
         sizes = [np.bincount(np.arange(len(z)) % parts, minlength=parts) for z in (x, y)]
         found = []
-        for group in range(parts):
-            kept = [k for k in range(parts) if groups == 0 or k != group]
+        for group in range(-1, groups):
+            kept = [k for k in range(parts) if k != group]
             n, m = (int(size[kept].sum()) for size in sizes)
             across, within_x, within_y = (float(s[np.ix_(kept, kept)].sum()) for s in sums)
             found.append(_energy(across, within_x, within_y, n, m, self.unbiased))
         return found
-
-    def __call__(self, sets: Sets) -> dict[str, float]:
-        return self._from(sets, 0)[0]
-
-    def leave_out(self, sets: Sets, groups: int) -> list[dict[str, float]]:
-        return self._from(sets, groups)
 
 
 def _group_sums(x: Tensor, y: Tensor, groups: int) -> np.ndarray:
