@@ -131,7 +131,7 @@ def load_samples(path: str | Path, info: DataInfo | None = None, batch_size: int
 
     Args:
         path: .npz of arrays (uint8 (N, H, W, C), (N, C, H, W) or (N, H, W), or floats (N, ...)), .npy, or a folder or
-            .zip of pictures, which are taken in the order of their names.
+            .zip of pictures, which are taken in the order of their names; or the folder that `python -m sde.sample` made.
         info: of the data that they are to be compared with; None to take them as they are.
         batch_size: examples of a batch.
 
@@ -141,6 +141,8 @@ def load_samples(path: str | Path, info: DataInfo | None = None, batch_size: int
     path = Path(path).expanduser()
     if not path.exists():
         raise UserError(f"samples={path} does not exist: give an .npz or .npy file, or a folder or .zip of pictures")
+    if (path / WRITTEN).is_file():
+        path = path / WRITTEN
     if path.is_dir() or path.suffix == ".zip":
         return PictureFiles(path, info, batch_size)
     if path.suffix in (".npz", ".npy"):
