@@ -20,27 +20,7 @@ from sde.processes import VP
 from sde.runs import find_run, open_checkpoint, restore_denoiser
 from sde.sampling import Plan, count_evaluations, draw, make_times, times_within
 from sde.solvers import SOLVERS, Adams, EulerMaruyama, Heun, PredictorCorrector, SciPyODE
-from tests.commands import TINY, TINY_2D, command
-
-
-@pytest.fixture(scope="module")
-def glyph_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one run, runs/g, of class-conditional digits."""
-    folder = tmp_path_factory.mktemp("glyphs")
-    done = command(
-        "sde.train", *TINY, "data.characters=digits", "conditional=true", "hydra.run.dir=runs/g", folder=folder
-    )
-    assert done.code == 0, done.err
-    return folder
-
-
-@pytest.fixture(scope="module")
-def point_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one run, runs/p, of points in the plane."""
-    folder = tmp_path_factory.mktemp("points")
-    done = command("sde.train", *TINY_2D, "hydra.run.dir=runs/p", folder=folder)
-    assert done.code == 0, done.err
-    return folder
+from tests.commands import command
 
 
 def compared(folder: Path) -> dict[str, Any]:

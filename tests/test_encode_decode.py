@@ -21,30 +21,16 @@ from sde.encode import magnification, shaded
 from sde.latents import Latents, read_latents, sde_facts, write_latents
 from sde.processes import VE, VP
 from sde.runs import find_run, open_checkpoint, restore_denoiser
-from tests.commands import TINY, TINY_2D, Answer, command
+from tests.commands import Answer, command
 
 CODES = "runs/p/latents/test-8"  # of the points' run, made by a fixture
 
 
 @pytest.fixture(scope="module")
-def glyph_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one run, runs/g, of class-conditional digits."""
-    folder = tmp_path_factory.mktemp("glyphs")
-    done = command(
-        "sde.train", *TINY, "data.characters=digits", "conditional=true", "hydra.run.dir=runs/g", folder=folder
-    )
-    assert done.code == 0, done.err
-    return folder
-
-
-@pytest.fixture(scope="module")
-def point_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def point_run(point_run: Path) -> Path:
     """A folder with one run, runs/p, of points in the plane, and codes of eight of them."""
-    folder = tmp_path_factory.mktemp("points")
-    done = command("sde.train", *TINY_2D, "hydra.run.dir=runs/p", folder=folder)
-    assert done.code == 0, done.err
-    ok("sde.encode", "n=8", folder=folder)
-    return folder
+    ok("sde.encode", "n=8", folder=point_run)
+    return point_run
 
 
 def ok(*arguments: str, folder: Path) -> Answer:

@@ -23,7 +23,7 @@ from sde.likelihood import mean_and_error
 from sde.runs import Run
 from sde.training.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from sde.training.metrics import MetricsFile, append_metrics, read_metrics
-from tests.commands import TINY, TINY_2D, Answer, command
+from tests.commands import TINY, Answer, command
 from tests.test_logging import install
 
 QUICK = [
@@ -39,15 +39,6 @@ def pixel_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pixels")
     options = ["data.characters=digits", "conditional=true", "training.dequantize=true", "hydra.run.dir=runs/g"]
     done = command("sde.train", *TINY, *options, folder=folder)
-    assert done.code == 0, done.err
-    return folder
-
-
-@pytest.fixture(scope="module")
-def point_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one run, runs/p, of points in the plane."""
-    folder = tmp_path_factory.mktemp("points")
-    done = command("sde.train", *TINY_2D, "hydra.run.dir=runs/p", folder=folder)
     assert done.code == 0, done.err
     return folder
 

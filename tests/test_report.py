@@ -107,12 +107,9 @@ def chart_of(page: Element, key: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(point_run: Path) -> Path:
     """A folder with one real run, runs/p, of points in the plane."""
-    folder = tmp_path_factory.mktemp("trained")
-    done = command("sde.train", *TINY_2D, "hydra.run.dir=runs/p", folder=folder)
-    assert done.code == 0, done.err
-    return folder
+    return point_run
 
 
 def make_lines(count: int) -> list[dict[str, Any]]:
