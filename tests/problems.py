@@ -84,6 +84,18 @@ def solvers() -> list[Any]:
     return _params(all_solvers())
 
 
+def in_turn(*lists: list[Any]) -> list[Any]:
+    """pytest parameters (a, b, c): every a with every b, and with each pair one c, so that c meets every a and every b.
+
+    For a test whose claim is about pairs: all pairs of three lists, without the product of the three.
+    """
+    first, second, third = lists
+    if len(third) > min(len(first), len(second)):
+        raise ValueError("the third list is longer than another: some pairs would be missing")
+    chosen = [(a, b, third[(i + j) % len(third)]) for i, a in enumerate(first) for j, b in enumerate(second)]
+    return [pytest.param(*(p.values[0] for p in three), id="-".join(p.id for p in three)) for three in chosen]
+
+
 def with_options(solver: Solver, **options: Any) -> Solver:
     """`solver` with those of `options` that it has."""
     known = {field.name for field in dataclasses.fields(solver)}  # type: ignore[arg-type]
