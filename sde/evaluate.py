@@ -104,7 +104,7 @@ def evaluate(config: dict[str, Any]) -> None:
     folder = task.model.run.path / "evaluations" if config["out"] is None else Path(str(config["out"])).expanduser()
     on_main(lambda: forget_given_up(folder))
     against = references(task)
-    drawn, sampling, sources = samples_of(task, folder)
+    drawn, sampling, sources = samples_of(task, folder, against)
     diagnostics, likelihood = diagnosed(task), likelihoods(task)
     if not is_main():
         return
@@ -308,18 +308,21 @@ class _Stopped(Exception):
     """Leaves a solver between two steps."""
 
 
-def samples_of(task: Task, folder: Path) -> tuple[list[Described], dict[str, Any], list[Drawn]]:
+def samples_of(task: Task, folder: Path, against: Against) -> tuple[list[Described], dict[str, Any], list[Drawn]]:
     """The sets of samples, how they came to be, and what keeps the parts of those that were drawn.
 
     Raises:
+        UserError: they are too few for a metric.
         Interrupted: when asked to stop; what has been drawn by then is kept.
     """
     config, model = task.config, task.model
     if config["samples"] is not None:
         samples = load_samples(Path(str(config["samples"])).expanduser(), model.info, config["batch_size"])
+        check_sizes(task, against, len(samples))
         sampling = {"samples": str(samples.path), "file": samples.about, "digest": samples.digest()}
         sampling |= drawn_by(samples.path, samples.info, model)
         return [describe_file(samples, task.extractor, config["batch_size"], config["examples"])], sampling, []
+    check_sizes(task, against, config["n"])
     solver: Solver = build(config["solver"], "solver")
     grid = chosen_grid(dict(config))
     times = make_times(solver, model.denoiser, grid, config["steps"])
@@ -345,6 +348,27 @@ def samples_of(task: Task, folder: Path) -> tuple[list[Described], dict[str, Any
         sets.append(drawn.collected())
         sources.append(drawn)
     return sets, without_infinities(sampling), sources
+
+
+def check_sizes(task: Task, against: Against, n: int) -> None:
+    """Raise `UserError` unless n samples and the data are enough for all metrics, before there are any samples."""
+    config, dimensions = task.config, int(task.extractor.describe()["dimensions"])
+    groups = config["groups"] if len(config["seeds"]) == 1 else 0
+    given = "n" if config["samples"] is None else ""
+
+    def check() -> None:
+        # the one that needs most comes first: what it says is enough is enough for all
+        for metric in sorted(task.metrics.values(), key=lambda metric: -metric.least(groups, dimensions)[0]):
+            if metric.of != "examples":
+                m = 0 if against.own is None else len(against.own)
+                metric.check_size(n, m, groups, dimensions, given)
+                continue
+            most = config["examples"]
+            split = "train" if metric.needs_held_out else config["reference_split"]
+            m = len(task.dataset.split(split)) if metric.needs_held_out else min(len(task.dataset.split(split)), most)
+            metric.check_size(min(n, most), m, groups, option="examples" if most < n else given)
+
+    on_main(check)
 
 
 def drawn_by(path: Path, info: Mapping[str, Any] | None, model: Model) -> dict[str, Any]:

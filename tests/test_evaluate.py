@@ -633,7 +633,21 @@ def test_names_tell_apart_what_differs() -> None:
         (["seeds=3"], "must be a list of whole numbers"),
         (["n=1000000000000"], "n=1000000000000 is out of range: it must be at most 1e+08"),
         (["n=7", "samples=x.npz"], "samples=x.npz is taken whole: leave n=7 out"),
-        (["n=3", "metric=fd"], "needs at least 12 generated examples"),
+        (["n=2", "metric=fd"], "metric=fd needs at least 3 generated examples with groups=10 and gets 2: take n=3 or"),
+        (
+            ["n=3", "metric=[fd,dc,kid]"],
+            "metric=dc needs at least 7 generated examples with groups=10 and gets 3: take",
+        ),
+        (
+            ["n=3", "metric=[fd,dc]", "seeds=[0,1]"],
+            "metric=dc needs at least 6 generated examples and gets 3: take n=6",
+        ),
+        (
+            ["metric=c2st", "examples=3"],
+            "metric=c2st needs at least 4 generated examples with groups=10 and gets 3: take",
+        ),
+        (["metric=c2st", "c2st.neighbors=9", "c2st.examples=5"], "take c2st.examples=9 or more"),
+        (["samples=few.npz", "metric=pr"], "metric=pr needs at least 5 generated examples with groups=10 and gets 4: "),
         (
             ["diagnostics=[curls]"],
             "diagnostics='curls' is not one of denoising, curl, fokker_planck, score, likelihood",
@@ -657,7 +671,9 @@ def test_names_tell_apart_what_differs() -> None:
 def test_a_mistake_is_one_sentence(words: list[str], sentence: str, pixel_run: Path) -> None:
     draws = np.random.default_rng(0)
     (pixel_run / "empty").mkdir(exist_ok=True)
-    for name, shape in (("wrong_size", (20, 9, 9, 1)), ("channels", (20, 8, 8, 3)), ("good", (20, 8, 8, 1))):
+    for name, shape in (
+        ("wrong_size", (20, 9, 9, 1)), ("channels", (20, 8, 8, 3)), ("good", (20, 8, 8, 1)), ("few", (4, 8, 8, 1)),
+    ):  # fmt: skip
         np.savez(pixel_run / f"{name}.npz", samples=draws.integers(0, 256, shape, dtype=np.uint8))
     np.savez(pixel_run / "floats.npz", samples=draws.random((20, 8, 8, 1), dtype=np.float32))
     quick = ["solver=euler", "steps=1", "out=never"]
