@@ -364,8 +364,8 @@ def check_sizes(task: Task, against: Against, n: int) -> None:
                 metric.check_size(n, m, groups, dimensions, given)
                 continue
             most = config["examples"]
-            split = "train" if metric.needs_held_out else config["reference_split"]
-            m = len(task.dataset.split(split)) if metric.needs_held_out else min(len(task.dataset.split(split)), most)
+            sizes = {split: len(task.dataset.split(split)) for split in ("train", "test")}
+            m = min(sizes.values()) if metric.needs_held_out else min(sizes[config["reference_split"]], most)
             metric.check_size(min(n, most), m, groups, option="examples" if most < n else given)
 
     on_main(check)
