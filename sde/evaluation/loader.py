@@ -131,7 +131,7 @@ def load_samples(path: str | Path, info: DataInfo | None = None, batch_size: int
 
     Args:
         path: .npz of arrays (uint8 (N, H, W, C), (N, C, H, W) or (N, H, W), or floats (N, ...)), .npy, or a folder or
-            .zip of pictures, which are taken in the order of their names; or the folder that `python -m sde.sample` made.
+            .zip of pictures, which are taken in the order of their names; or a folder of `python -m sde.sample`.
         info: of the data that they are to be compared with; None to take them as they are.
         batch_size: examples of a batch.
 
