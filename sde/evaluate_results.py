@@ -350,18 +350,20 @@ def print_rows(rows: Sequence[Mapping[str, str]]) -> None:
 
 def note(task: Task, record: Mapping[str, Any], card: Path, logger: Logger) -> None:
     """A line in the run's metrics.jsonl, and what the logger is to show; not of samples that may be another's."""
-    if not record["sampling"].get("of_the_model", True):
+    ours = record["sampling"].get("of_the_model", True)
+    scores = record["scores"] if ours else []
+    if not ours:
         print(f"not in the metrics of {task.model.run.path}: nothing says that these samples are of its checkpoint")
-        return
-    numbers = {f"evaluation/{each['label']}": each["value"] for each in record["scores"] if each["value"] is not None}
-    errors = {
-        f"evaluation/{each['label']}/error": each["error"] for each in record["scores"] if each["error"] is not None
-    }
+        if not record["diagnostics"] and not record["likelihood_of_splits"]:
+            return
+    numbers = {f"evaluation/{each['label']}": each["value"] for each in scores if each["value"] is not None}
+    errors = {f"evaluation/{each['label']}/error": each["error"] for each in scores if each["error"] is not None}
     diagnostics = {f"evaluation/{name}": value for name, value in means(record["diagnostics"]).items()}
     cost = {f"evaluation/{name}": record["cost"][name] for name in ("nfe",) if name in record["cost"]}
     measured = record["likelihood_of_splits"]
     likelihood, words = likelihood_numbers(measured) if measured else ({}, {})
     notes = {"evaluation/kind": card.stem, "evaluation/folder": str(card.parent), **words}
-    files = [card.parent / name for name in (*record["pictures"], *record["diagnostic_pictures"])]
+    shown = [*(record["pictures"] if ours else ()), *record["diagnostic_pictures"]]
+    files = [card.parent / name for name in shown]
     pictures = {f"evaluation/{file.stem}": file for file in files}
     note_result(task.model, numbers | errors | diagnostics | likelihood | cost, notes, pictures, logger)

@@ -248,8 +248,9 @@ def test_two_processes_find_the_likelihood_of_one(worlds: Worlds, point_run: Pat
     found = read(path)["likelihood_of_splits"]
     alone = evaluated(point_run, *words, out=str(tmp_path / "one"))["likelihood_of_splits"]
     for split in ("train", "test", "gap"):
-        for name in found[split].keys() - {"parts"}:
-            assert found[split][name] == pytest.approx(alone[split][name], rel=1e-6), name
+        for name in ("bits_per_dim", "standard_error", "log_prob", "least", "most", "truncation", "n", "nfe"):
+            if split != "gap" or name in found[split]:
+                assert found[split][name] == pytest.approx(alone[split][name], rel=1e-6), name
 
 
 def test_several_seeds_tell_their_spread(pixel_run: Path, drawn: dict[str, Any], tmp_path: Path) -> None:
@@ -568,17 +569,12 @@ def test_likelihoods_are_those_of_the_tool(kind: str, request: pytest.FixtureReq
         assert found["about"] == {name: tool[name] for name in found["about"]}
         assert line[f"evaluation/likelihood/{split}/bits_per_dim"] == tool["bits_per_dim"]
     assert found["gap"]["bits_per_dim"] == found["test"]["bits_per_dim"] - found["train"]["bits_per_dim"]
+    assert not any(key.startswith("evaluation/energy") for key in line)  # whose samples these are nothing says
     assert line["evaluation/likelihood/kind"] == {"pixels": "ode-decoder", "points": "ode-none"}[kind]
     unit = {"pixels": "bits/dim", "points": "nats"}[kind]
     for fact in (f"| {unit}, train | ", f"| {unit}, test | ", "| gap, test - train | ", "A gap above 0 is overfitting"):
         assert fact in card, fact
-
-    for fact in (
-        "divergence exact",
-        "solver adams_adaptive (rtol 1e-05, atol 1e-05",
-        "1 draw",
-        found["test"]["meaning"],
-    ):
+    for fact in ("divergence exact", "solver adams_adaptive (rtol 1e-05", "1 draw", found["test"]["meaning"]):
         assert fact in card, fact
     assert "gap, test - train" in done.out
     assert "likelihood: 100%" in done.err
