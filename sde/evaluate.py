@@ -176,7 +176,8 @@ def make_task(config: Mapping[str, Any], device: torch.device) -> Task:
     held_out = bool(len(dataset.split("test")))
     for name in names:
         check_suits(name, model.info, extractor, held_out)
-    task = Task(config, model, dataset, extractor, {name: metrics[name] for name in names}, asked, device)
+    chosen = {name: metrics[name] if name in metrics else METRICS.get(name)() for name in names}  # plugins' as they are
+    task = Task(config, model, dataset, extractor, chosen, asked, device)
     if asked.likelihood:
         check_arithmetic(config["precision"], config["compile"])
         compared(task)
@@ -319,7 +320,8 @@ def samples_of(task: Task, folder: Path, against: Against) -> tuple[list[Describ
     if config["samples"] is not None:
         samples = load_samples(Path(str(config["samples"])).expanduser(), model.info, config["batch_size"])
         check_sizes(task, against, len(samples))
-        sampling = {"samples": str(samples.path), "file": samples.about, "digest": samples.digest()}
+        about, digest = on_main(lambda: (samples.about, samples.digest()))
+        sampling = {"samples": str(samples.path), "file": about, "digest": digest}
         sampling |= drawn_by(samples.path, samples.info, model)
         return [describe_file(samples, task.extractor, config["batch_size"], config["examples"])], sampling, []
     check_sizes(task, against, config["n"])

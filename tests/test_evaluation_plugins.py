@@ -51,6 +51,10 @@ def test_the_example_of_the_document_runs(folder: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (40, 1, 8, 8), dtype=np.uint8)
     np.savez(folder / "noise.npz", samples=noise)
     words = [word.replace("RUN", "runs/g") for word in shlex.split(COMMANDS[0])]
+    plain = [word for word in words if "mean_gap=" not in word and "mean_gap." not in word]  # the options as they are
+    done = command("sde.evaluate", *plain, "samples=noise.npz", "out=plain", folder=folder)
+    assert done.code == 0, done.err
+    assert "mean gap-coarse-40" in done.out
     done = command("sde.evaluate", *words, "samples=noise.npz", "out=results", folder=folder)
     assert done.code == 0, done.err
     path = next(Path(line) for line in done.out.splitlines() if line.endswith(".json"))

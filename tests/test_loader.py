@@ -189,9 +189,7 @@ def test_how_samples_were_drawn_is_found_beside_them(tmp_path: Path) -> None:
     assert load_samples(path, POINTS).info is None
     write_json(beside, {**facts, "end": float("inf")})
     assert load_samples(path, POINTS).info == {**facts, "end": "Infinity"}  # which JSON has no number for
-    assert (
-        load_samples(tmp_path, POINTS).digest() == load_samples(path, POINTS).digest()
-    )
+    assert load_samples(tmp_path, POINTS).digest() == load_samples(path, POINTS).digest()
     assert load_samples(tmp_path, POINTS).info is not None
     path.rename(tmp_path / "others.npz")
     assert load_samples(tmp_path / "others.npz", POINTS).info is None  # what is beside it need not be of it
