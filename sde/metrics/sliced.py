@@ -223,5 +223,5 @@ def _group_sums(x: Tensor, y: Tensor, groups: int) -> np.ndarray:
         for h in range(groups):
             # those within a set are alike on both sides
             mirrored = x is y and h < g
-            sums[g, h] = sums[h, g] if mirrored else distance_sum(x[g::groups], y[h::groups])
+            sums[g, h] = sums[h, g] if mirrored else distance_sum(x[g::groups], y[h::groups], same=x is y and g == h)
     return sums
