@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-# The tests run in two processes of one thread each.
+# The tests run in two processes of one thread each, every file in one of them: it makes its fixtures once.
 TEST_PROCESSES ?= 2
 
 .PHONY: help install dev demo test check format clean
@@ -33,7 +33,7 @@ demo: install ## train a small VP / NCSN++ on glyphs and draw 64 samples, in min
 	$(PY) -m sde.sample solver=pc steps=100 n=64
 
 test: dev ## run the whole test suite
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_PROCESSES) --dist loadgroup
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 check: dev ## lint, formatting and types
 	$(VENV)/bin/ruff check .

@@ -28,8 +28,6 @@ from tests.small_models import shape_of
 from tests.small_trainings import TINY, build, configuration, differing, examples_for, flat, model_words
 from tests.test_resume import with_bad_steps
 
-pytestmark = pytest.mark.xdist_group("several processes")
-
 Case = dict[str, Any]
 
 POINTS = [
