@@ -493,7 +493,7 @@ def sets_of_features(task: Task, drawn: Sequence[Described], against: Against) -
     data = drawn[0].features[:0] if against.own is None else against.own.features
 
     def sets(each: Described) -> Sets:
-        return Sets(each.features, data, None, each.probabilities)
+        return Sets(each.features, data, None, each.probabilities, strata=each.labels)
 
     held_out = against.held_out
     if held_out is None:
@@ -508,12 +508,17 @@ def sets_of_examples(task: Task, drawn: Sequence[Described], against: Against) -
     """The samples themselves, as many as are kept, beside as many of the data."""
     split, most = task.config["reference_split"], task.config["examples"]
     data, rest = data_vectors(task, split, most), data_vectors(task, "test" if split == "train" else "train", most)
-    ours = [vectors(task.info, each.examples) for each in drawn]
-    n = min(len(ours[0]), len(rest))
+
+    def sets(each: Described, n: int | None = None) -> Sets:
+        x = vectors(task.info, each.examples[:n])
+        return Sets(x, data, strata=None if each.labels is None else each.labels[: len(x)])
+
+    found = [sets(each) for each in drawn]
+    n = min(len(found[0].generated), len(rest))
     if n == 0:
-        return [Sets(each, data) for each in ours], None
-    fewer = [Sets(each[:n], data) for each in ours] if n < len(ours[0]) else None
-    return [Sets(each, data) for each in ours], Floor(Sets(rest[:n], data), fewer)
+        return found, None
+    fewer = [sets(each, n) for each in drawn] if n < len(found[0].generated) else None
+    return found, Floor(Sets(rest[:n], data), fewer)
 
 
 def sets_beside_all(task: Task, drawn: Sequence[Described], against: Against) -> tuple[list[Sets], Floor | None]:

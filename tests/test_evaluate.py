@@ -27,7 +27,7 @@ from sde.evaluation.gaussian import ToGaussian
 from sde.evaluation.model import Asked
 from sde.evaluation.overview import names_of
 from sde.evaluation.reference import Statistics
-from sde.evaluation.scores import label_of, with_error
+from sde.evaluation.scores import label_of, score, with_error
 from sde.metrics import METRICS, Sets
 from sde.processes import VP
 from sde.training.metrics import read_metrics
@@ -116,14 +116,20 @@ def test_numbers_are_those_of_the_metrics(
     shuffled = held_out[Order(22, 22, 0)(0)]
     for name in ("fd", "kid"):
         metric = METRICS.get(name)()
-        for prefix, y in (("value", ours), ("floor", shuffled), ("value_at_floor_n", fewer)):
-            expected, errors = metric(Sets(y, reference)), metric.errors(Sets(y, reference), 4)
+        rows = Order(40, 22, 0)(0)
+        for prefix, y, classes in (
+            ("value", ours, torch.arange(40) % 10),
+            ("floor", shuffled, None),
+            ("value_at_floor_n", fewer, rows % 10),
+        ):
+            sets = Sets(y, reference, strata=classes).shuffled()
+            expected, errors = metric(sets), metric.errors(sets, 4)
             error = {"value": "error", "floor": "floor_error", "value_at_floor_n": "error_at_floor_n"}[prefix]
             for key in expected:
                 assert values(drawn, prefix)[key] == pytest.approx(expected[key], rel=1e-6, abs=1e-9)
                 assert values(drawn, error)[key] == pytest.approx(errors[key], rel=1e-5, abs=1e-9)
     data = digits.info.encode(train[Order(len(train), len(train), 1)(0)]).flatten(1)
-    swd = METRICS.get("swd")()(Sets(digits.info.encode(x).flatten(1), data))
+    swd = METRICS.get("swd")()(Sets(digits.info.encode(x).flatten(1), data))  # whatever the order
     assert values(drawn)["swd"] == pytest.approx(swd["swd"], rel=1e-6)
     assert {each["floor_n"] for each in drawn["scores"]} == {22}
     assert [each["label"] for each in drawn["scores"]] == [
@@ -134,6 +140,23 @@ def test_numbers_are_those_of_the_metrics(
     ]
     assert drawn["cost"]["nfe"] == 5  # two steps of two evaluations, and one at the end
     assert drawn["sampling"]["label"] == "each class in turn"
+
+
+def test_errors_of_samples_of_each_class_in_turn() -> None:
+    """Ten classes in turn, against data in random order: every tenth example would be a class, which no set lacks."""
+    centers = 5 * torch.randn(10, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    draws = torch.Generator().manual_seed(1)
+    metric, found, classes, naive = METRICS.get("fd")(), [], torch.arange(200) % 10, []
+    for _ in range(40):
+        others = torch.randperm(20_000, generator=draws) % 10
+        x, y = (centers[each] + torch.randn(len(each), 4, generator=draws).double() for each in (classes, others))
+        x = x + 1
+        (scored,) = score("fd", metric, [Sets(x, y, strata=classes)], "none")
+        found.append((scored.value, scored.error))
+        naive.append(metric.errors(Sets(x, y))["fd"])
+    spread = statistics.stdev(value for value, _ in found)
+    assert 0.8 < statistics.fmean(error for _, error in found) / spread < 1.8
+    assert statistics.fmean(naive) > 20 * spread
 
 
 @pytest.mark.parametrize("way", ["other batches", "npz", "folder"])

@@ -51,7 +51,7 @@ def write_card(folder: Path, name: str, record: Mapping[str, Any]) -> Path:
 def card(name: str, record: Mapping[str, Any]) -> str:
     """The card as Markdown."""
     lines = [f"# {name}", "", *markdown(table(record["scores"])), "", f"Errors: {record['errors_of']}.", ""]
-    lines += [*drawn_sentences(record), floor_sentence(record), ""]
+    lines += [*other_errors(record), *drawn_sentences(record), floor_sentence(record), ""]
     for picture, what in record["pictures"].items():
         lines += [f"![{what}]({picture})", "", f"*{what}*", ""]
     lines += ["## What the numbers depend on", "", *markdown(facts(record)), ""]
@@ -67,15 +67,23 @@ def card(name: str, record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def other_errors(record: Mapping[str, Any]) -> list[str]:
+    """Which errors are neither from the jackknife nor from the spread over sets."""
+    known = {each["label"]: each.get("error_from", "") for each in record["scores"]}
+    own = {label: words for label, words in known.items() if words and not words.startswith(("jackknife", "spread"))}
+    return [line for label, words in own.items() for line in (f"Error of {label}: {words}.", "")]
+
+
 def drawn_sentences(record: Mapping[str, Any]) -> list[str]:
     """Which numbers are of fewer examples than there are, by an option of their metric."""
     lines = []
     for name, options in record["metrics"].items():
         of = [each for each in record["scores"] if each["metric"] == name]
-        if of and options.get("examples") is not None and of[0].get("n") is not None:
+        option = next((key for key in ("examples", "points") if options.get(key) is not None), None)
+        if of and option is not None and of[0].get("n") is not None:
             labels = ", ".join(each["label"] for each in of)
             counts = f"{of[0]['n']} samples and {of[0]['reference_n']} examples of the data"
-            drawn = f"drawn by seed 0 where there are more ({name}.examples={options['examples']})"
+            drawn = f"drawn by seed 0 where there are more ({name}.{option}={options[option]})"
             lines += [f"{labels}: of {counts}, {drawn}.", ""]
     return lines
 

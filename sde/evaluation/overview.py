@@ -36,7 +36,7 @@ def write_overview(folder: Path, record: Record) -> list[Path]:
     written = [folder / "table.md"]
     write_text(written[0], "\n".join([f"# {_counted(len(same))}", "", *markdown(overview(same, names, columns)), ""]))
     own = next(c for r, c in zip(same, columns, strict=True) if identity(r) == identity(record))
-    shown = [s for s in record["scores"] if not s["name"].endswith("_std")]  # spreads of subsets are no quality
+    shown = [s for s in record["scores"] if s["better"] != ""]  # spreads of subsets are no quality
     for score in shown:
         label = own[score["label"]]
         curves = cost_curves(same, names, columns, label)

@@ -44,6 +44,7 @@ class Described:
             of a file, where they may be sorted, random ones.
         nfe: network evaluations of a sample, the mean; None for examples that were not drawn here.
         seconds: that drawing took, of all processes together.
+        labels: class that each was drawn of, (n,), or None.
     """
 
     features: Tensor
@@ -51,6 +52,7 @@ class Described:
     examples: Tensor
     nfe: float | None = None
     seconds: float = 0.0
+    labels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.features)
@@ -59,7 +61,8 @@ class Described:
         """n of them, chosen at random by seed 0: files may be sorted."""
         rows = Order(len(self), n, 0)(0)
         probabilities = None if self.probabilities is None else self.probabilities[rows]
-        return Described(self.features[rows], probabilities, self.examples, self.nfe, self.seconds)
+        labels = None if self.labels is None else self.labels[rows]
+        return Described(self.features[rows], probabilities, self.examples, self.nfe, self.seconds, labels)
 
 
 def describe_file(samples: Samples, extractor: Extractor, batch_size: int, keep: int) -> Described:
@@ -163,6 +166,7 @@ class Drawn:
             torch.cat([part["examples"] for part in parts if "examples" in part]),
             evaluations / self.n,
             sum(float(part["cost"][1]) for part in parts),
+            None if self.labels is None else self.labels.cpu(),
         )
 
     def kept(self) -> int:

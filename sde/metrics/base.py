@@ -9,7 +9,8 @@ groups, the metric is computed G times with one group of each set left out, and
     error^2 = (G - 1) / G  sum_g (theta_g - mean theta)^2.
 
 (A bootstrap repeats examples, which distances between nearest neighbors and estimates of covariances take for
-structure.) Groups are every G-th example, so the law of each is that of the whole.
+structure.) Groups are every G-th example of the sets in the order of `Sets.shuffled`, so the law of each is that of the
+whole.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Sets:
         probabilities: of the classes of each generated example, (n, C), by a classifier; or None.
         seed: of everything that a metric draws.
         training: all training examples, for metrics that look for copies, (N, D); None for the reference.
+        strata: class of each generated example, (n,), where these were drawn of given classes; or None.
     """
 
     generated: Tensor
@@ -52,6 +54,29 @@ class Sets:
     probabilities: Tensor | None = None
     seed: int = 0
     training: Rows | None = None
+    strata: Tensor | None = None
+
+    def shuffled(self) -> Sets:
+        """The sets in an order that the seed fixes: at random, generated examples of given classes class by class.
+
+        Groups of the jackknife are every G-th example. In samples of each class in turn they would be classes, and an
+        error that of forgetting a class; class by class each has its share of every class, as every draw has.
+        """
+        order = torch.randperm(len(self.generated), generator=torch.Generator().manual_seed(self.seed))
+        if self.strata is not None:
+            order = order[self.strata[order].argsort(stable=True)]
+        rest = torch.randperm(len(self.reference), generator=torch.Generator().manual_seed(self.seed + 1))
+        held_out = self.held_out
+        if held_out is not None:
+            held_out = held_out[torch.randperm(len(held_out), generator=torch.Generator().manual_seed(self.seed + 2))]
+        return replace(
+            self,
+            generated=self.generated[order],
+            reference=self.reference[rest],
+            held_out=held_out,
+            probabilities=None if self.probabilities is None else self.probabilities[order],
+            strata=None if self.strata is None else self.strata[order],
+        )
 
     def without(self, group: int, groups: int) -> Sets:
         """The sets without every `groups`-th example, from number `group` on."""
@@ -68,6 +93,7 @@ class Sets:
             reference=reference,
             held_out=rest(self.held_out),
             probabilities=rest(self.probabilities),
+            strata=rest(self.strata),
             training=None if training is None else training[torch.arange(len(training)) % groups != group],
         )
 
