@@ -148,7 +148,7 @@ def test_every_solver_integrates_the_density_at_its_order(solver: Solver, sde: S
         grid = GRIDS.get("explicit")(times=graded(times)[::-1])
         return log_prob(denoiser, x, solver=solver, grid=grid, divergence=Exact()).log_prob - exact
 
-    n, tolerance = {2: (30, 0.06), 3: (50, 0.1)}.get(solver.order, (30, 0.15))
+    n, tolerance = {2: (20, 0.06), 3: (34, 0.1)}.get(solver.order, (20, 0.15))
     assert observed_order(error, n, solver.order) == pytest.approx(solver.order, abs=tolerance)
 
 
