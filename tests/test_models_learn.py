@@ -137,7 +137,7 @@ def trained(node: str) -> Outcome:
     sde, parameterization = process_of(settings, network.noise_label)
     denoiser, ema = Denoiser(network, sde, parameterization), EMA(network, decay=0.95)
     averaged = Denoiser(ema.network, sde, parameterization)
-    fresh = evaluate(averaged, shape)[0]
+    (fresh,) = evaluate(averaged, shape, "free")
     optimizer, random = torch.optim.Adam(network.parameters(), RATES.get(kind, 3e-3)), generator(0)
     for step in range(STEPS.get(kind, 100)):
         x0, label = draw(shape, BATCH, random)
@@ -146,7 +146,7 @@ def trained(node: str) -> Outcome:
         LOSS(denoiser, x0, random, told).loss.mean().backward()
         optimizer.step()
         ema.update(step)
-    return Outcome(*evaluate(averaged, shape), fresh, *known(sde, shape))
+    return Outcome(*evaluate(averaged, shape, "free", "right", "wrong"), fresh, *known(sde, shape))
 
 
 def evaluation(sde: SDE, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -158,10 +158,11 @@ def evaluation(sde: SDE, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor
 
 
 @torch.no_grad()
-def evaluate(denoiser: Denoiser, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def evaluate(denoiser: Denoiser, shape: tuple[int, ...], *classes: str) -> list[Tensor]:
+    """Errors of eps (DRAWS,), told no class ("free"), the right or the wrong one."""
     x0, z, t, label = evaluation(denoiser.sde, shape)
-    free, right, wrong = (LOSS.at(denoiser, x0, z, t, told)[1].double() for told in (None, label, 1 - label))
-    return free, right, wrong
+    told = {"free": None, "right": label, "wrong": 1 - label}
+    return [LOSS.at(denoiser, x0, z, t, told[name])[1].double() for name in classes]
 
 
 def known(sde: SDE, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
