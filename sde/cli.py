@@ -363,8 +363,8 @@ def explain_hydra(message: str, name: str) -> str:
         return f"there is no option '{key[1]}' to change in the middle of a run: there are those of {RESUMABLE}"
     if key:
         beside, close = closest_key(key[1], _defaults(name))
-        hint = f"; did you mean '{close}'?" if close else ""
-        return f"there is no option '{key[1]}': there are {', '.join(beside) or 'none below it'}{hint}"
+        hint = f" (did you mean '{close}'?)" if close else ""
+        return f"there is no option '{key[1]}'{hint}: there are {', '.join(beside) or 'none below it'}"
     unreadable = ("mismatched input", "extraneous input", "missing EQUAL", "token recognition error", "NoViableAlt")
     if any(sign in message for sign in unreadable):
         return f"cannot read an option ({_compact(message)}): write key=value, with quotes around special characters"

@@ -57,7 +57,7 @@ def check_shape(model: str, shape: tuple[int, ...], axes: str) -> None:
     if len(shape) != len(axes) or any(size < 1 for size in shape):
         raise UserError(
             f"model={model} works on examples of shape ({', '.join(axes)}), not {tuple(shape)}; "
-            "choose a model that suits the data"
+            f"choose a model that suits the data, such as model={'mlp' if len(shape) == 1 else 'ncsnpp'}"
         )
 
 
