@@ -31,7 +31,10 @@ def new_file(path: Path) -> Iterator[Path]:
         sync_folder(path.parent)
     except Exception as error:
         refused = refusal(error)
-        if refused is None or refused is error:
+        if refused is None:
+            raise
+        refused.filename = refused.filename or str(path)
+        if refused is error:
             raise
         raise refused from error
     finally:
