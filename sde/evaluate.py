@@ -322,7 +322,7 @@ def samples_of(task: Task, folder: Path, against: Against) -> tuple[list[Describ
         check_sizes(task, against, len(samples))
         about, digest = on_main(lambda: (samples.about, samples.digest()))
         sampling = {"samples": str(samples.path), "file": about, "digest": digest}
-        sampling |= drawn_by(samples.path, samples.info, model)
+        sampling |= drawn_by(samples.path, samples.info, model, config["ema"])
         return [describe_file(samples, task.extractor, config["batch_size"], config["examples"])], sampling, []
     check_sizes(task, against, config["n"])
     solver: Solver = build(config["solver"], "solver")
@@ -373,20 +373,22 @@ def check_sizes(task: Task, against: Against, n: int) -> None:
     on_main(check)
 
 
-def drawn_by(path: Path, info: Mapping[str, Any] | None, model: Model) -> dict[str, Any]:
+def drawn_by(path: Path, info: Mapping[str, Any] | None, model: Model, ema: bool | float | str) -> dict[str, Any]:
     """How python -m sde.sample drew the samples of a file, where it says so beside them; and whether of this model.
 
     Args:
         path: of the samples.
         info: what it says.
         model: that they may be of.
+        ema: which of its weights.
     """
     if info is None:
         return {"of_the_model": False, "drawn": None}
     named, ours = Path(str(info.get("checkpoint", ""))), model.checkpoint.path
     inside = named.name == ours.name and path.resolve().is_relative_to(model.run.path.resolve())  # which may have moved
     drawn = {name: info[name] for name in SAYS if info.get(name) is not None}
-    return {"of_the_model": inside or named.resolve() == ours.resolve(), "drawn": without_infinities(drawn)}
+    same = info.get("ema") == ema and (inside or named.resolve() == ours.resolve())
+    return {"of_the_model": same, "drawn": without_infinities(drawn)}
 
 
 def draw(drawn: Drawn, task: Task) -> None:

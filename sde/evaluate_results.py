@@ -162,7 +162,7 @@ def errors_of(groups: int, sets: int, statistics: bool) -> str:
     """
     if sets == 1:
         sides = "of the samples" if statistics else "of both sides"
-        return f"standard errors of one set, by the jackknife over {groups} groups of examples {sides}"
+        return f"standard errors of one set, by the jackknife over {groups} groups of examples at most {sides}"
     once, twice = (2 * scipy.stats.t.cdf(k, sets - 1) - 1 for k in (1, 2))
     return (
         f"standard errors of the mean over {sets} sets of samples, from their spread: of so few, +- 1 covers "

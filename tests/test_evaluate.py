@@ -122,7 +122,7 @@ def test_numbers_are_those_of_the_metrics(
             ("floor", shuffled, None),
             ("value_at_floor_n", fewer, rows % 10),
         ):
-            sets = Sets(y, reference, strata=classes).shuffled()
+            sets = Sets(y, reference, strata=classes).shuffled(4)
             expected, errors = metric(sets), metric.errors(sets, 4)
             error = {"value": "error", "floor": "floor_error", "value_at_floor_n": "error_at_floor_n"}[prefix]
             for key in expected:
@@ -157,6 +157,12 @@ def test_errors_of_samples_of_each_class_in_turn() -> None:
     spread = statistics.stdev(value for value, _ in found)
     assert 0.8 < statistics.fmean(error for _, error in found) / spread < 1.8
     assert statistics.fmean(naive) > 20 * spread
+    for groups in (1, 7, 10):  # what takes consecutive examples finds all classes in them, as in any order
+        order = Sets(x, y, strata=classes).shuffled(groups)
+        assert len(order.strata[:60].unique()) == 10
+        counts = [order.strata[group::groups].bincount(minlength=10) for group in range(groups)]
+        assert max(int(count.max() - count.min()) for count in counts) <= 1
+        assert torch.equal(order.generated.sort(0).values, x.sort(0).values)
 
 
 @pytest.mark.parametrize("way", ["other batches", "npz", "folder"])
@@ -185,6 +191,8 @@ def test_every_way_to_the_same_samples(
         assert found["cost"]["nfe"] == 5
         assert found["sampling"]["drawn"]["solver"] == "heun"
         assert found["sampling"]["of_the_model"]
+        last = evaluated(pixel_run, *options, "ema=false", out=str(tmp_path / "last"))
+        assert not last["sampling"]["of_the_model"]  # they are of the averaged weights
         assert values(found)["fd"] == read_metrics(pixel_run / "runs/g/metrics.jsonl")[-1]["evaluation/FD-random-40"]
     else:
         assert "nfe" not in found["cost"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from sde.errors import UserError
 from sde.evaluate import reader_of
+from sde.evaluation.card import comparable
 from sde.evaluation.classifier import resized
 from sde.evaluation.torchscript import FILES, TorchScript, forbidden_calls
 from tests.commands import TINY, command
@@ -58,6 +60,15 @@ class Reader(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.from_file("secret", size=1) + x.flatten(1)
+
+
+class Raiser(nn.Module):
+    """Raises an error of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim > 2:
+            raise ValueError("wants vectors")
+        return x
 
 
 def saved(path: Path, module: nn.Module) -> str:
@@ -148,6 +159,41 @@ def test_traced_modules_of_torch_are_allowed(tmp_path: Path) -> None:
 # What is not loaded
 
 
+def rewritten(source: str, path: Path, change: Callable[[str], str]) -> str:
+    """A copy of an archive under other names."""
+    with zipfile.ZipFile(source) as good, zipfile.ZipFile(path, "w") as bad:
+        for name in good.namelist():
+            bad.writestr(change(name), good.read(name))
+    return str(path)
+
+
+@pytest.mark.parametrize("old_and_new", [("/code/", "/CODE/"), (".py", ".PY")])
+def test_code_is_found_under_any_name_that_torch_finds(tmp_path: Path, old_and_new: tuple[str, str]) -> None:
+    source = saved(tmp_path / "bad.pt", Writer())
+    path = rewritten(source, tmp_path / "other.pt", lambda name: name.replace(*old_and_new))
+    with pytest.raises(UserError, match=r"calls torch\.save"):
+        prepared(pixels(2, 3, 4, 4), path)
+
+
+def test_a_module_that_raises_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be called with") as raised:
+        prepared(pixels(2, 3, 4, 4), saved(tmp_path / "r.pt", Raiser()))
+    assert "wants vectors" in str(raised.value)
+
+
+def test_where_a_file_lies_makes_no_other_evaluation(tmp_path: Path) -> None:
+    def record(path: str) -> dict[str, Any]:
+        about = prepared(pixels(3, 3, 4, 4), path).describe()
+        record: dict[str, Any] = {"features": about, "reference": {"features": about, "hash": "a"}, "n": 3, "data": {}}
+        return record
+
+    path = saved(tmp_path / "a.pt", Moments())
+    other = tmp_path / "b.pt"
+    other.write_bytes(Path(path).read_bytes())
+    assert comparable(record(path)) == comparable(record(str(other)))
+    assert comparable(record(path)) != comparable(record(saved(tmp_path / "c.pt", Maps())))
+
+
 def test_nothing_is_loaded_without_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path / "moments.pt", Moments())
     monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("was loaded"))
@@ -187,11 +233,19 @@ def test_no_other_operation_of_torch_takes_the_name_of_a_file() -> None:
         "def forward(self, x):\n  y = (x).save('a')",
         "def forward(self, x):\n  torch . save (x, 'a')",
         "def forward(self, x:\n",
+        "def forward(self, x):\n  getattr(torch, 'save')(x, 'a')",
+        "def forward(self, x):\n  getattr(self, 'save')(x, 'a')",
+        "def forward(self, x):\n  y = getattr\n  y(x, 'save')",
+        "def forward(self, x):\n  getattr(x, x)",
+        "def forward(self, x):\n  y = ops\n  y.mkldnn.f(x)",
+        "import os",
     ],
 )
 def test_calls_that_are_more_than_a_network_needs(code: str) -> None:
     assert list(forbidden_calls(code))
-    assert not list(forbidden_calls("def forward(self, x):\n  ops.prim.NumToTensor(torch.size(x, 0))"))
+    assert not list(
+        forbidden_calls("def forward(self, x):\n  ops.prim.NumToTensor(torch.size(getattr(self, '0')(x), 0))")
+    )
 
 
 def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
@@ -205,6 +259,16 @@ def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
     (tmp_path / "half.pt").write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match="damaged or no TorchScript archive"):
         prepared(x, str(tmp_path / "half.pt"))
+    with zipfile.ZipFile(path) as good, zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as bad:
+        for name in good.namelist():
+            bad.writestr(name, good.read(name))
+        place = next(info.header_offset for info in bad.infolist() if info.filename.endswith(".py"))
+    content = bytearray((tmp_path / "packed.pt").read_bytes())
+    for k in range(place + 60, place + 120):
+        content[k] ^= 0xFF
+    (tmp_path / "packed.pt").write_bytes(content)
+    with pytest.raises(UserError, match="damaged or no TorchScript archive"):
+        prepared(x, str(tmp_path / "packed.pt"))
     with zipfile.ZipFile(path) as good, zipfile.ZipFile(tmp_path / "lacking.pt", "w") as bad:
         for name in good.namelist():
             if not name.endswith("data.pkl"):

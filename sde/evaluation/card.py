@@ -21,7 +21,7 @@ from sde.evaluation.scores import table, with_error
 from sde.files import write_json, write_text
 
 COMPARABLE = ("n", "features", "reference", "data")  # sections that are the same where numbers can be compared
-_IDENTITY = (*COMPARABLE, "sampling", "metrics", "diagnostics_of", "likelihood_of")
+_IDENTITY = ("sampling", "metrics", "diagnostics_of", "likelihood_of")
 
 
 def free_name(folder: Path, name: str, record: Mapping[str, Any]) -> str:
@@ -37,7 +37,15 @@ def free_name(folder: Path, name: str, record: Mapping[str, Any]) -> str:
 def identity(record: Mapping[str, Any]) -> str:
     """Everything that the numbers of an evaluation depend on, as text."""
     model = {key: record["model"].get(key) for key in ("weights", "hash")}
-    return json.dumps([model, *(record.get(key) for key in _IDENTITY)], sort_keys=True)
+    return json.dumps([model, comparable(record), *(record.get(key) for key in _IDENTITY)], sort_keys=True)
+
+
+def comparable(record: Mapping[str, Any]) -> list[Any]:
+    """What is the same where numbers can be compared; of features that is their hash, not where a network lies."""
+    found = {key: record[key] for key in COMPARABLE}
+    found["features"] = record["features"].get("identity", record["features"])
+    found["reference"] = {key: value for key, value in record["reference"].items() if key != "features"}
+    return [found[key] for key in COMPARABLE]
 
 
 def write_card(folder: Path, name: str, record: Mapping[str, Any]) -> Path:

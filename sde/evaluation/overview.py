@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sde.evaluation.card import COMPARABLE, identity, markdown, read_record, short
+from sde.evaluation.card import comparable, identity, markdown, read_record, short
 from sde.evaluation.scores import with_error
 from sde.files import write_text
 from sde.pictures import CostCurve, save_cost_curves
@@ -31,7 +31,7 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 
 def write_overview(folder: Path, record: Record) -> list[Path]:
     """table.md and the plots of quality against cost, over all evaluations that can be compared with `record`."""
-    same = [r for r in read_records(folder) if all(r[key] == record[key] for key in COMPARABLE)]
+    same = [r for r in read_records(folder) if comparable(r) == comparable(record)]
     names, columns = names_of(same), columns_of(same)
     written = [folder / "table.md"]
     write_text(written[0], "\n".join([f"# {_counted(len(same))}", "", *markdown(overview(same, names, columns)), ""]))
@@ -41,7 +41,8 @@ def write_overview(folder: Path, record: Record) -> list[Path]:
         label = own[score["label"]]
         curves = cost_curves(same, names, columns, label)
         if sum(len(curve.x) for curve in curves) > 1:
-            place = f"{score['metric']}_{score['name']}{label.removeprefix(score['label'])}"
+            fewer = "" if score.get("n") in (None, record["n"]) else f"_{score['n']}"
+            place = f"{score['metric']}_{score['name']}{fewer}{label.removeprefix(score['label'])}"
             plain = "".join(c if c.isalnum() or c in "_.-" else "_" for c in place.rstrip(")"))
             written.append(folder / f"quality_cost_{plain}.png")
             save_cost_curves(written[-1], curves, label, score["floor"] if _level(score) else None)

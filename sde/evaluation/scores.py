@@ -126,9 +126,9 @@ def score(
 def _measure(metric: Metric, sets: Sequence[Sets], groups: int) -> tuple[list[dict[str, float]], dict[str, float]]:
     """The numbers of each set, and the standard errors of their means."""
     if len(sets) == 1:
-        value, errors = metric.with_errors(sets[0].shuffled(), groups)
+        value, errors = metric.with_errors(sets[0].shuffled(groups), groups)
         return [value], errors
-    values = [metric(each.shuffled()) for each in sets]
+    values = [metric(each.shuffled(groups)) for each in sets]
     return values, {key: statistics.stdev(value[key] for value in values) / math.sqrt(len(values)) for key in values[0]}
 
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import io
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -33,6 +35,7 @@ RANGES = {"unit": (1 / 127.5, -1.0), "zero_one": (1 / 255, 0.0), "bytes": (1.0, 
 SUFFIXES = (".pt", ".pth", ".ts", ".jit", ".torchscript")
 FILES = ("save", "from_file")  # the operations of TorchScript that write or read files
 LIBRARIES = ("prim", "aten")  # torch's own
+_MOST_CODE = 1 << 26  # bytes; Inception has 60 thousand
 
 
 @register("torchscript")
@@ -101,13 +104,13 @@ class TorchScript(Extractor):
                 raise UserError(f"features.{name} has {len(values)} numbers and pictures have {channels} channels")
 
     def _make(self, dataset: Dataset, device: torch.device) -> nn.Module:
-        path = Path(self.path).expanduser()
-        self._digest = check_archive(path, self.trusted)
+        content = checked_archive(Path(self.path).expanduser(), self.trusted)
+        self._digest = hashlib.sha256(content).hexdigest()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)
-                network = torch.jit.load(str(path), map_location=device).eval()
-        except (RuntimeError, ValueError, OSError) as error:
+                network = torch.jit.load(io.BytesIO(content), map_location=device).eval()
+        except (RuntimeError, ValueError, OSError, torch.jit.Error) as error:
             raise UserError(f"features.path={self.path} is damaged: torch.jit.load says {_last_line(error)}") from error
         found = self._tried(network, dataset, device)
         self._dimensions = found.features.shape[1]
@@ -119,7 +122,7 @@ class TorchScript(Extractor):
         try:
             with torch.inference_mode(), exactly(device):
                 return self._called(network, examples)
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, torch.jit.Error) as error:
             given = ", ".join(f"{name}={value!r}" for name, value in (self.arguments or {}).items())
             raise UserError(
                 f"features.path={self.path} cannot be called with {tuple(self._pixels(examples).shape)} in "
@@ -167,28 +170,36 @@ class TorchScript(Extractor):
         return [self._digest, *pictures, *call, list(self.info.shape), self.info.kind]  # where it lies changes nothing
 
 
-def check_archive(path: Path, trusted: bool) -> str:
-    """Look into a TorchScript archive without loading it.
+def checked_archive(path: Path, trusted: bool) -> bytes:
+    """The content of a TorchScript archive, read once, and looked into without loading it.
 
     Args:
         path: of the file.
         trusted: that it may be loaded.
-
-    Returns:
-        SHA-256 of the file, hexadecimal.
 
     Raises:
         UserError: there is none, it is of another kind, it is not trusted, or it would touch files.
     """
     if not path.is_file():
         raise UserError(f"features.path={str(path)!r} does not exist: give a TorchScript archive")
+    content = path.read_bytes()
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if "/code/" in f"/{name}" and name.endswith(".py")]
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            names = [name.lower() for name in archive.namelist()]  # torch finds a name in any case
             if len({*names}) < len(names):
                 raise ValueError("two files of one name")  # another reader might take the other one
-            code = {name: archive.read(name).decode() for name in names}
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError) as error:
+            programs = [info for info in archive.infolist() if info.filename.lower().endswith(".py")]
+            if programs and not trusted:
+                raise UserError(
+                    f"features.path={str(path)!r} is TorchScript, which is a program: with features.trusted=true it is "
+                    "loaded, if you know where it comes from"
+                )
+            if sum(info.file_size for info in programs) > _MOST_CODE:
+                raise ValueError("more code than any network has")
+            code = {info.filename: archive.read(info).decode() for info in programs}
+    except UserError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, RuntimeError) as error:
         raise UserError(
             f"features.path={str(path)!r} is damaged or no TorchScript archive: save one with torch.jit.save"
         ) from error
@@ -197,19 +208,13 @@ def check_archive(path: Path, trusted: bool) -> str:
             f"features.path={str(path)!r} holds weights without a network (a pickle, which is not read): give what "
             "torch.jit.save wrote"
         )
-    if not trusted:
-        raise UserError(
-            f"features.path={str(path)!r} is TorchScript, which is a program: with features.trusted=true it is loaded, "
-            "if you know where it comes from"
-        )
     for name, text in code.items():
         for call in forbidden_calls(text):
             raise UserError(
                 f"features.path={str(path)!r} calls {call} in {name}, which is more than a network has to: it is not "
                 "loaded"
             )
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return content
 
 
 def forbidden_calls(code: str) -> Iterator[str]:
@@ -219,11 +224,21 @@ def forbidden_calls(code: str) -> Iterator[str]:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         yield "something that cannot be read"
         return
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Attribute):
-            continue
-        library = isinstance(node.value, ast.Name) and node.value.id == "ops"
-        if node.attr in FILES or (library and node.attr not in LIBRARIES):
+    nodes = list(ast.walk(tree))
+    roots = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
+    fetches = {id(node.func): node.args for node in nodes if isinstance(node, ast.Call)}
+    for node in nodes:
+        if isinstance(node, ast.Attribute):
+            library = isinstance(node.value, ast.Name) and node.value.id == "ops"
+            wrong = node.attr in FILES or (library and node.attr not in LIBRARIES)
+        elif isinstance(node, ast.Name) and node.id in ("ops", "torch"):
+            wrong = id(node) not in roots  # under another name what it gives could not be told
+        elif isinstance(node, ast.Name) and node.id == "getattr":
+            name = fetches.get(id(node), [])[1:]
+            wrong = [isinstance(x, ast.Constant) and x.value not in FILES for x in name] != [True]
+        else:
+            wrong = isinstance(node, ast.Import | ast.ImportFrom)
+        if wrong:
             yield ast.unparse(node)
 
 

@@ -56,15 +56,20 @@ class Sets:
     training: Rows | None = None
     strata: Tensor | None = None
 
-    def shuffled(self) -> Sets:
-        """The sets in an order that the seed fixes: at random, generated examples of given classes class by class.
+    def shuffled(self, groups: int = 1) -> Sets:
+        """The sets in an order that the seed fixes.
 
         Groups of the jackknife are every G-th example. In samples of each class in turn they would be classes, and an
-        error that of forgetting a class; class by class each has its share of every class, as every draw has.
+        error that of forgetting a class. So generated examples of given classes are dealt to the groups class by class:
+        each has its share of every class, as every draw has. Otherwise, and within a group, the order is random.
         """
-        order = torch.randperm(len(self.generated), generator=torch.Generator().manual_seed(self.seed))
+        draws = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(len(self.generated), generator=draws)
         if self.strata is not None:
-            order = order[self.strata[order].argsort(stable=True)]
+            dealt = order[self.strata[order].argsort(stable=True)]
+            for group in range(min(groups, len(dealt))):
+                own = dealt[group::groups]
+                order[group::groups] = own[torch.randperm(len(own), generator=draws)]
         rest = torch.randperm(len(self.reference), generator=torch.Generator().manual_seed(self.seed + 1))
         held_out = self.held_out
         if held_out is not None:

@@ -85,7 +85,7 @@ class Wasserstein(Metric):
         check_planar(sets, "wasserstein")
         n, _ = self.used(sets)
         x, y = (z[shuffled(len(z), sets.seed, n)] for z in (sets.generated, sets.reference))
-        return replace(sets, generated=x, reference=y, held_out=None, probabilities=None)
+        return replace(sets, generated=x, reference=y, held_out=None, probabilities=None, strata=None)
 
     def __call__(self, sets: Sets) -> dict[str, float]:
         return self.both(sets, 0)[0]
