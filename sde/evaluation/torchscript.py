@@ -35,7 +35,7 @@ RANGES = {"unit": (1 / 127.5, -1.0), "zero_one": (1 / 255, 0.0), "bytes": (1.0, 
 SUFFIXES = (".pt", ".pth", ".ts", ".jit", ".torchscript")
 FILES = ("save", "from_file")  # the operations of TorchScript that write or read files
 LIBRARIES = ("prim", "aten")  # torch's own
-_MOST_CODE = 1 << 26  # bytes; Inception has 60 thousand
+_MOST_CODE = 1 << 26  # bytes
 
 
 @register("torchscript")

@@ -121,6 +121,12 @@ def _left(groups: int, numbers: Tensor) -> list[Tensor]:
     return [numbers >= 0, *(numbers % groups != group for group in range(groups))]
 
 
+def _check_options(k: int, examples: int | None) -> None:
+    check_number("k", k, at_least=1)
+    if examples is not None:
+        check_number("examples", examples, at_least=k + 1)
+
+
 @register("pr")
 @dataclass(frozen=True)
 class PrecisionRecall(Metric):
@@ -139,9 +145,7 @@ class PrecisionRecall(Metric):
     examples: int | None = None
 
     def __post_init__(self) -> None:
-        check_number("k", self.k, at_least=1)
-        if self.examples is not None:
-            check_number("examples", self.examples, at_least=self.k + 1)
+        _check_options(self.k, self.examples)
 
     def counts(self, n: int, m: int) -> tuple[int, int]:
         return _counts(n, m, self.examples)
@@ -192,9 +196,7 @@ class DensityCoverage(Metric):
     examples: int | None = None
 
     def __post_init__(self) -> None:
-        check_number("k", self.k, at_least=1)
-        if self.examples is not None:
-            check_number("examples", self.examples, at_least=self.k + 1)
+        _check_options(self.k, self.examples)
 
     def counts(self, n: int, m: int) -> tuple[int, int]:
         return _counts(n, m, self.examples)
